@@ -1,0 +1,51 @@
+"""In: what went wrong, where, and the values allowed. Out: one-line exceptions that the command line prints as they are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CacheKDError(Exception):
+    """Base of every error raised on purpose by cache-kd; its message is one complete line."""
+
+
+class SettingError(CacheKDError, ValueError):
+    """A setting, option or recipe key has a value that is not allowed."""
+
+
+class MissingFileError(CacheKDError, FileNotFoundError):
+    """A file or folder named by the user, by a data file or by a cache is not there."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class InputDataError(CacheKDError, ValueError):
+    """A checkpoint, data file, image or label cannot be used."""
+
+
+class MismatchError(CacheKDError, ValueError):
+    """Cache, data set, teacher or student do not belong together."""
+
+
+class DamagedCacheError(CacheKDError, ValueError):
+    """A cache is incomplete, truncated or fails a checksum."""
+
+
+class DiskSpaceError(CacheKDError, OSError):
+    """The disk has less room than the cache will need."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class AlarmError(CacheKDError, RuntimeError):
+    """A distillation term, a target or a gradient has a value that makes the run worthless."""
+
+
+def choices(name: str, known: Iterable[str]) -> str:
+    """Return "known: a, b, c" followed by the nearest known name, for messages about an unknown `name`."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"known: {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
