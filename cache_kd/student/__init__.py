@@ -1,0 +1,1 @@
+"""The student's side: schedule of views, the batch's targets, adapters and one distillation step."""

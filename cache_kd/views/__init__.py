@@ -1,0 +1,1 @@
+"""Views: seeds, the recipe of augmentation, the schedule of views."""
