@@ -1,0 +1,177 @@
+"""In: bytes and paths. Out: files that are whole or absent, JSON in one spelling, reads that never leave the cache's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cache_kd.errors import CacheKDError, DamagedCacheError, DiskSpaceError
+
+TEMPORARY = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
+
+
+def canonical_json(data: Any) -> bytes:
+    """Return `data` as JSON with sorted keys and one spelling; equal data give equal bytes. NaN is refused."""
+    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def parse_json(data: bytes, where: Path) -> Any:
+    """Return the document in `data`; raises `DamagedCacheError` naming `where` if it is not plain JSON."""
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCacheError(f"{where}: not valid JSON ({error})") from error
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def clear_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn an operating system's refusal into one line that names `path`."""
+    try:
+        yield
+    except CacheKDError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskSpaceError(
+                f"disk full while {doing} {path}; free some space and run the same command again"
+            ) from error
+        raise CacheKDError(f"cannot go on {doing} {path}: {error.strerror or error}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Create `path` and its parents, each entry synced to disk."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with clear_errors(path, "creating"):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Publish `data` as `path`: after a crash at any moment the file is the old one or the new one, whole."""
+    with clear_errors(path, "writing"):
+        temporary = _write_temporary(path, data)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def create_only(path: Path, data: bytes) -> bool:
+    """Publish `data` as `path` unless that exists; returns whether this call created it."""
+    with clear_errors(path, "writing"):
+        temporary = _write_temporary(path, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Some mounts (FUSE, exFAT) have no hard links; a record torn there is not JSON and its unit is done again.
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    return True
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete what writers that died left behind in `folder`; returns the deleted paths. Call it holding the lock."""
+    leftovers = find_leftovers(folder)
+    for path in leftovers:
+        with clear_errors(path, "deleting"):
+            path.unlink(missing_ok=True)
+    return leftovers
+
+
+def find_leftovers(folder: Path) -> list[Path]:
+    """Return the temporary files below `folder`."""
+    return sorted(
+        Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.startswith(TEMPORARY)
+    )
+
+
+def open_inside(root: str, relative: str) -> int:
+    """Return a descriptor of the regular file root/relative; `root` is a real path.
+
+    Raises:
+        DamagedCacheError: no such file, not a regular file, or a link on the way.
+    """
+    full = os.path.join(root, relative)
+    if os.path.realpath(full) != full:
+        raise DamagedCacheError("a symbolic link or a path out of the cache, which is never followed")
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(full, flags | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError as error:
+        raise DamagedCacheError("the file is missing") from error
+    except OSError as error:
+        raise DamagedCacheError(f"the file cannot be opened: {error.strerror or error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedCacheError("not a regular file")
+    return descriptor
+
+
+def read_inside(root: str, relative: str, limit: int) -> bytes:
+    """Return the content of root/relative, at most `limit` bytes; faults as in `open_inside`."""
+    descriptor = open_inside(root, relative)
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise DamagedCacheError(f"the file has {size} bytes, at most {limit} are allowed")
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise DamagedCacheError(f"the file cannot be read: {error.strerror or error}") from error
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:  # some network mounts know no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)

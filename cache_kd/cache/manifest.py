@@ -1,0 +1,278 @@
+"""In: `manifest.json` of a cache, or its parts. Out: a checked `Manifest`; every fault of a bad one in a single message."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_kd.cache.files import canonical_json, parse_json, read_inside, sha256
+from cache_kd.cache.layout import (
+    DTYPES,
+    FORMAT,
+    MAX_SAMPLES,
+    MAX_SHARD_BYTES,
+    check_array_name,
+    column_faults,
+    stored_columns,
+)
+from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError, SettingError
+from cache_kd.structures import Column, HeadSpec, View
+
+NAME = "manifest.json"
+ROOT = "zarr.json"
+MAX_JSON_BYTES = 256 * 2**20
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TeacherArray:
+    """One of the teacher's arrays: dtype and shape, and the sha256 of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete cache holds.
+
+    Attributes:
+        identity: what the content depends on; identity_digest: sha256 of its canonical JSON.
+        teacher: what is known of the checkpoint; arrays: its stored arrays by name.
+        columns: as the codec declares them (length columns of ragged ones come on top); shard_size: samples a shard.
+        views: in order; shards: sha256 of each view's `shards.json` by the view's name; data_sha256: of `data.json`.
+        environment: versions and machine of the last extraction; not part of the digest.
+        digest: sha256 over all shard files and the identity; equal content has equal digests on any machine.
+    """
+
+    format: int
+    identity: dict[str, Any]
+    identity_digest: str
+    teacher: dict[str, Any]
+    arrays: dict[str, TeacherArray]
+    head: HeadSpec
+    codec: dict[str, Any]
+    columns: tuple[Column, ...]
+    imgsz: int
+    seed: int
+    recipe: dict[str, Any]
+    num_images: int
+    shard_size: int
+    views: tuple[View, ...]
+    environment: dict[str, Any]
+    data_sha256: str
+    shards: dict[str, str]
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in _FIELDS}
+        plain["arrays"] = {name: {**asdict(array), "shape": list(array.shape)} for name, array in self.arrays.items()}
+        plain["head"] = self.head.to_json()
+        plain["columns"] = columns_to_json(self.columns)
+        plain["views"] = [view.name for view in self.views]
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = NAME) -> Manifest:
+        """Return the manifest in `data`; raises `DamagedCacheError` that lists every fault."""
+        if faults := _faults(data):
+            raise DamagedCacheError(f"{where}: {'; '.join(faults)}")
+        parsed = {name: data[name] for name in _FIELDS}
+        parsed["arrays"] = {
+            name: TeacherArray(array["dtype"], tuple(array["shape"]), array["sha256"])
+            for name, array in data["arrays"].items()
+        }
+        parsed["head"] = HeadSpec.from_json(data["head"])
+        parsed["columns"] = columns_from_json(data["columns"])
+        parsed["views"] = tuple(View.parse(name) for name in data["views"])
+        return cls(**parsed)
+
+
+_FIELDS = tuple(Manifest.__dataclass_fields__)
+
+
+def columns_to_json(columns: Iterable[Column]) -> list[dict[str, Any]]:
+    return [{**asdict(column), "shape": list(column.shape)} for column in columns]
+
+
+def columns_from_json(data: Any) -> tuple[Column, ...]:
+    """Return the columns in `data`; raises `ValueError` saying what is wrong."""
+    kinds = {"name": str, "dtype": str, "shape": list, "ragged": bool, "whole": bool, "typesize": int}
+    columns: list[Column] = []
+    for item in data if isinstance(data, list) else ["not a list"]:
+        if not isinstance(item, dict) or set(item) != set(kinds):
+            raise ValueError(f"a column has exactly the keys {', '.join(kinds)}")
+        wrong = [key for key, kind in kinds.items() if type(item[key]) is not kind]
+        if wrong or any(type(size) is not int for size in item["shape"]):
+            raise ValueError(f"column {item['name']!r}: wrong type of {', '.join(wrong) or 'shape'}")
+        columns.append(Column(**{**item, "shape": tuple(item["shape"])}))
+    return tuple(columns)
+
+
+def content_digest(identity: Mapping[str, Any], files: Iterable[tuple[str, str]]) -> str:
+    """Return the cache's digest from its identity and the (relative path, sha256) of all shard files."""
+    return sha256(
+        canonical_json({"identity": dict(identity), "files": sorted([path, digest] for path, digest in files)})
+    )
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """Return the attributes of the cache at `path`, complete or not: format, identity, columns, num_images.
+
+    Raises:
+        MissingFileError: nothing there, or no cache. MismatchError: a cache of another format.
+    """
+    if not path.is_dir():
+        raise MissingFileError(f"no cache at {path}; make one with `cache-kd extract --teacher best.pt`")
+    if not (path / ROOT).is_file():
+        raise MissingFileError(
+            f"{path} is not a cache: it has no {ROOT}; make one with `cache-kd extract --teacher best.pt`"
+        )
+    content = parse_json(_read(path, ROOT), path / ROOT)
+    attributes = content.get("attributes") if isinstance(content, dict) else None
+    ours = attributes.get("cache_kd") if isinstance(attributes, dict) else None
+    if not isinstance(ours, dict):
+        raise MissingFileError(f"{path} is not a cache of cache-kd: its {ROOT} has no attribute cache_kd")
+    if ours.get("format") != FORMAT:
+        raise MismatchError(
+            f"{path} has cache format {ours.get('format')!r}, this version reads {FORMAT}; extract it again with `cache-kd extract`"
+        )
+    return ours
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of the complete cache at `path`.
+
+    Raises:
+        MissingFileError: no cache there. MismatchError: another format. DamagedCacheError: unfinished or damaged.
+    """
+    root = read_root(path)
+    if not (path / NAME).is_file():
+        raise DamagedCacheError(
+            f"{path} is an unfinished cache; run the same `cache-kd extract` again, it goes on where it was"
+        )
+    manifest = Manifest.from_json(parse_json(_read(path, NAME), path / NAME), str(path / NAME))
+    if root.get("identity") != manifest.identity:
+        raise DamagedCacheError(f"{path}: {ROOT} and {NAME} name different identities; run `cache-kd verify {path}`")
+    return manifest
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return read_inside(os.path.realpath(path), name, MAX_JSON_BYTES)
+    except DamagedCacheError as error:
+        raise DamagedCacheError(f"{path / name}: {error}") from error
+
+
+def _faults(data: Any) -> list[str]:
+    """Return what is wrong with a manifest's JSON, all of it."""
+    if not isinstance(data, dict):
+        return ["not a JSON object"]
+    if data.get("format") != FORMAT:
+        return [f"format is {data.get('format')!r}, this version reads {FORMAT}"]
+    faults = [f"{name} is missing" for name in _FIELDS if name not in data]
+    faults += [f"{name} is not known" for name in sorted(set(data) - set(_FIELDS))]
+    for name, check in _CHECKS.items():
+        if name in data and (fault := check(data[name])):
+            faults.append(f"{name} {fault}")
+    return faults or _cross_faults(data)
+
+
+def _cross_faults(data: dict[str, Any]) -> list[str]:
+    """Return what does not fit together in a manifest whose parts are each well formed."""
+    faults: list[str] = []
+    if data["identity_digest"] != sha256(canonical_json(data["identity"])):
+        faults.append("identity_digest is not that of identity")
+    if set(data["shards"]) != set(data["views"]):
+        faults.append("shards and views name different views")
+    row = sum(c.row_bytes for c in stored_columns(columns_from_json(data["columns"])) if c.whole or not c.ragged)
+    if data["shard_size"] > 1 and data["shard_size"] * row > MAX_SHARD_BYTES:
+        faults.append(f"shard_size {data['shard_size']} times {row} bytes a sample is over {MAX_SHARD_BYTES} bytes")
+    return faults
+
+
+def _is_object(value: Any) -> str:
+    return "" if isinstance(value, dict) else "is not an object"
+
+
+def _is_hash(value: Any) -> str:
+    return "" if isinstance(value, str) and _HASH.fullmatch(value) else "is not a sha256"
+
+
+def _between(low: int, high: int) -> Callable[[Any], str]:
+    return lambda value: (
+        "" if type(value) is int and low <= value <= high else f"is {value!r}; allowed: {low} to {high}"
+    )
+
+
+def _head_fault(value: Any) -> str:
+    try:
+        HeadSpec.from_json(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"is not a head ({type(error).__name__}: {error})"
+    return ""
+
+
+def _columns_fault(value: Any) -> str:
+    try:
+        columns = columns_from_json(value)
+    except ValueError as error:
+        return f"cannot be read: {error}"
+    return "; ".join(column_faults(columns)) if columns else "is empty"
+
+
+def _views_fault(value: Any) -> str:
+    if not isinstance(value, list) or not value or any(not isinstance(name, str) for name in value):
+        return "is not a list of names"
+    try:
+        if value != [view.name for view in sorted({View.parse(name) for name in value})]:
+            return "is not sorted, or names a view twice"
+    except SettingError as error:
+        return f"cannot be read: {error}"
+    return ""
+
+
+def _shards_fault(value: Any) -> str:
+    return (
+        ""
+        if isinstance(value, dict) and not any(_is_hash(item) for item in value.values())
+        else "is not a table of sha256"
+    )
+
+
+def _arrays_fault(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "is not an object"
+    for name, array in value.items():
+        try:
+            check_array_name(name)
+            known = (
+                array["dtype"] in DTYPES
+                and not _is_hash(array["sha256"])
+                and set(array) == {"dtype", "shape", "sha256"}
+            )
+            if not known or any(type(size) is not int or not 1 <= size <= 2**31 for size in array["shape"]):
+                return f"{name!r} has a wrong dtype, shape or sha256"
+        except (SettingError, KeyError, TypeError) as error:
+            return f"{name!r} cannot be read: {error}"
+    return ""
+
+
+_CHECKS: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("identity", "teacher", "codec", "recipe", "environment"), _is_object),
+    **dict.fromkeys(("identity_digest", "data_sha256", "digest"), _is_hash),
+    "arrays": _arrays_fault,
+    "head": _head_fault,
+    "columns": _columns_fault,
+    "imgsz": _between(1, 2**16),
+    "seed": _between(-(2**63), 2**64),
+    "num_images": _between(1, 2**40),
+    "shard_size": _between(1, MAX_SAMPLES),
+    "views": _views_fault,
+    "shards": _shards_fault,
+}

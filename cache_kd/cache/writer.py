@@ -1,0 +1,353 @@
+"""In: rows of targets, unit by unit. Out: a cache on disk that at every moment holds whole shards only, manifest last."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, final
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from cache_kd.cache import creation
+from cache_kd.cache.files import (
+    canonical_json,
+    clear_errors,
+    create_only,
+    make_folder,
+    parse_json,
+    read_inside,
+    sha256,
+    write_atomic,
+)
+from cache_kd.cache.layout import ArrayLayout, check_columns, group_metadata, layouts, length_name, shard_size
+from cache_kd.cache.manifest import (
+    MAX_JSON_BYTES,
+    NAME,
+    Manifest,
+    TeacherArray,
+    columns_to_json,
+    content_digest,
+    read_manifest,
+)
+from cache_kd.cache.records import FileEntry, UnitRecord, parse_record, record_path, shards_json, shards_path
+from cache_kd.cache.shard import encode_shard, tail_checksum
+from cache_kd.errors import CacheKDError, DamagedCacheError, InputDataError, SettingError
+from cache_kd.structures import Column, HeadSpec, View
+
+LOCK = ".lock"
+_GIVEN = ("teacher", "head", "codec", "imgsz", "seed", "recipe", "environment")
+_LISTED = 8
+_log = logging.getLogger(__name__)
+
+
+@final
+class CacheWriter:
+    """Writes one cache; only one writer has it open at a time. Get one from `open_or_create`."""
+
+    def __init__(self, path: Path, start: creation.Start, arrays: dict[str, TeacherArray], lock: FileLock) -> None:
+        self.path = path
+        self._start = start
+        self._arrays = arrays
+        self._lock = lock
+        self._layouts = layouts(start.columns, start.num_images, self.shard_size)
+        self._described: set[View] = set()
+
+    @classmethod
+    def open_or_create(
+        cls,
+        path: Path,
+        *,
+        identity: dict[str, Any],
+        data: dict[str, Any],
+        columns: tuple[Column, ...],
+        num_images: int,
+        teacher_arrays: dict[str, np.ndarray],
+    ) -> CacheWriter:
+        """Return the writer of the cache at `path`, which is created, or goes on where an earlier one ended.
+
+        Args:
+            identity: what the content depends on, JSON; parts that differ from the cache's are named.
+            data: content of `data.json`, the ordered images.
+            columns: columns of every view. num_images: rows of each.
+            teacher_arrays: the teacher's head and what else students need of it, by name.
+
+        Raises:
+            MismatchError: a cache of another identity. SettingError: a folder of other things, or impossible columns.
+            CacheKDError: another writer is at work, or the disk refuses.
+        """
+        path = Path(path)
+        check_columns(columns)
+        if num_images < 1:
+            raise SettingError(f"a cache needs at least one image, got {num_images}")
+        start = creation.Start(identity, data, tuple(columns), num_images, teacher_arrays)
+        creation.check_folder(path)
+        make_folder(path)
+        lock = _lock(path)
+        try:
+            arrays = creation.create_or_check(path, start)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, start, arrays, lock)
+
+    @property
+    def shard_size(self) -> int:
+        """S, the samples of a shard; the same for equal columns."""
+        return shard_size(self._start.columns)
+
+    @property
+    def num_images(self) -> int:
+        return self._start.num_images
+
+    def units(self, view: View) -> range:
+        """Return the numbers of the shards of `view`; shard n holds the samples from n·S."""
+        return range(-(-self._start.num_images // self.shard_size))
+
+    def samples(self, shard: int) -> range:
+        """Return the indices of the samples of `shard`."""
+        first = shard * self.shard_size
+        return range(first, min(first + self.shard_size, self._start.num_images))
+
+    def done(self, view: View, shard: int) -> bool:
+        """Return whether the unit is finished; a record whose files are gone or of another size is dropped."""
+        return self._finished(view, shard) is not None
+
+    def write_unit(
+        self, view: View, shard: int, rows: dict[str, list[np.ndarray]], environment: dict[str, Any]
+    ) -> UnitRecord:
+        """Write one shard of all columns of `view` and its record; a finished unit is left as it is.
+
+        Args:
+            rows: of each column one array a sample in order; ragged rows are 1-D u8. Length columns are added here.
+            environment: JSON about where and with what this was computed.
+
+        Raises:
+            InputDataError: rows that do not fit the columns. DiskSpaceError, CacheKDError: the disk refuses.
+        """
+        if shard not in self.units(view):
+            raise SettingError(
+                f"no shard {shard} of {view.name}: a cache of {self.num_images} images has {len(self.units(view))}"
+            )
+        self._check_rows(rows, shard)
+        self._hold()
+        attempt = self._attempts(view, shard) + 1
+        if record := self._finished(view, shard):
+            return record
+        self._describe(view)
+        files = tuple(self._write_shard(view, shard, layout, rows) for layout in self._layouts.values())
+        record = UnitRecord(view, shard, attempt, environment, files)
+        target = self.path / record_path(view, shard)
+        make_folder(target.parent)
+        if not create_only(target, canonical_json(record.to_json())):
+            raise CacheKDError(f"{target}: another writer recorded this unit meanwhile; run the same command again")
+        return record
+
+    def finish(self, views: Sequence[View], manifest: dict[str, Any]) -> Manifest:
+        """Publish `views`, and those an earlier manifest lists, as a complete cache; returns its manifest.
+
+        Args:
+            manifest: JSON under teacher, head (or a `HeadSpec`), codec, imgsz, seed, recipe, environment.
+
+        Raises:
+            DamagedCacheError: units are missing; the message lists them.
+        """
+        if set(manifest) != set(_GIVEN):
+            raise SettingError(f"a manifest is given exactly {', '.join(_GIVEN)}; got {', '.join(sorted(manifest))}")
+        self._hold()
+        every = sorted({*views, *self._earlier_views()})
+        if not every:
+            raise SettingError("a cache needs at least one view, got none")
+        entries = self._collect(every)
+        shards: dict[str, str] = {}
+        for view in every:
+            content = shards_json(view, entries[view])
+            shards[view.name] = sha256(content)
+            self._publish(self.path / shards_path(view), content)
+        result = self._manifest(every, shards, entries, manifest)
+        self._publish(self.path / NAME, canonical_json(result.to_json()))
+        self.close()
+        return result
+
+    def close(self) -> None:
+        """Let other writers in; writing again takes the lock again."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _hold(self) -> None:
+        if not self._lock.is_locked:
+            self._lock = _lock(self.path)
+
+    def _check_rows(self, rows: dict[str, list[np.ndarray]], shard: int) -> None:
+        names = [column.name for column in self._start.columns]
+        if set(rows) != set(names):
+            raise InputDataError(f"rows of columns {', '.join(sorted(rows))}; expected {', '.join(sorted(names))}")
+        count = len(self.samples(shard))
+        for column in self._start.columns:
+            if len(rows[column.name]) != count:
+                raise InputDataError(
+                    f"column {column.name!r}: {len(rows[column.name])} rows, shard {shard} has {count} samples"
+                )
+            for index, row in zip(self.samples(shard), rows[column.name], strict=True):
+                if fault := _row_fault(row, column):
+                    raise InputDataError(f"column {column.name!r}, sample {index}: {fault}")
+
+    def _describe(self, view: View) -> None:
+        """Write the view's group and array metadata unless they are there."""
+        if view in self._described:
+            return
+        folder = self.path / "views" / view.name
+        make_folder(folder)
+        self._publish(folder.parent / "zarr.json", canonical_json(group_metadata({})))
+        self._publish(folder / "zarr.json", canonical_json(group_metadata({})))
+        for layout in self._layouts.values():
+            make_folder(self.path / layout.folder(view))
+            self._publish(self.path / layout.folder(view) / "zarr.json", canonical_json(layout.metadata()))
+        self._described.add(view)
+
+    def _write_shard(self, view: View, shard: int, layout: ArrayLayout, rows: dict[str, list[np.ndarray]]) -> FileEntry:
+        name = layout.column.name
+        if name in rows:
+            values = rows[name]
+        else:
+            ragged = next(
+                column.name for column in self._start.columns if column.ragged and length_name(column.name) == name
+            )
+            values = [np.array(len(row), "<u4") for row in rows[ragged]]
+        content = encode_shard(values, layout)
+        relative = layout.shard_path(view, shard)
+        make_folder((self.path / relative).parent)
+        write_atomic(self.path / relative, content)
+        return FileEntry(relative, len(content), sha256(content), tail_checksum(content, layout))
+
+    def _publish(self, path: Path, content: bytes) -> None:
+        """Write `content` unless the file holds it already: topping up touches no file of an older view."""
+        with clear_errors(path, "reading"):
+            if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
+                return
+        write_atomic(path, content)
+
+    def _read_record(self, view: View, shard: int) -> Any:
+        """Return the JSON of the unit's record; None if there is no such file."""
+        relative = record_path(view, shard)
+        if not os.path.lexists(self.path / relative):
+            return None
+        return parse_json(read_inside(os.path.realpath(self.path), relative, MAX_JSON_BYTES), self.path / relative)
+
+    def _attempts(self, view: View, shard: int) -> int:
+        """Return how often the unit was recorded before, as far as its record tells."""
+        try:
+            data = self._read_record(view, shard)
+        except DamagedCacheError:
+            return 1
+        return data["attempt"] if isinstance(data, dict) and type(data.get("attempt")) is int else 0
+
+    def _finished(self, view: View, shard: int) -> UnitRecord | None:
+        """Return the record of a finished unit; drops one that the files do not bear out, with a warning."""
+        try:
+            data = self._read_record(view, shard)
+            if data is None:
+                return None
+            record = parse_record(data, view, shard, self._layouts)
+            for entry in record.files:
+                self._check_file(entry)
+            return record
+        except DamagedCacheError as error:
+            _log.warning("%s shard %d is done again: %s", view.name, shard, error)
+        self._hold()
+        with clear_errors(self.path / record_path(view, shard), "deleting"):
+            (self.path / record_path(view, shard)).unlink(missing_ok=True)
+        return None
+
+    def _check_file(self, entry: FileEntry) -> None:
+        path = self.path / entry.path
+        if path.is_symlink() or not path.is_file():
+            raise DamagedCacheError(f"{path} is missing")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise DamagedCacheError(f"{path} has {size} bytes, its record says {entry.bytes}")
+
+    def _earlier_views(self) -> tuple[View, ...]:
+        if not (self.path / NAME).exists():
+            return ()
+        try:
+            return read_manifest(self.path).views
+        except DamagedCacheError as error:
+            _log.warning("the earlier manifest is replaced: %s", error)
+            return ()
+
+    def _collect(self, views: Sequence[View]) -> dict[View, list[FileEntry]]:
+        """Return the files of each view from the unit records; raises `DamagedCacheError` listing missing units."""
+        entries: dict[View, list[FileEntry]] = {view: [] for view in views}
+        missing: list[str] = []
+        for view in views:
+            for shard in self.units(view):
+                record = self._finished(view, shard)
+                if record is None:
+                    missing.append(f"{view.name} shard {shard}")
+                else:
+                    entries[view] += record.files
+        if missing:
+            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+            raise DamagedCacheError(
+                f"{self.path}: unfinished, missing {', '.join(missing[:_LISTED])}{more}; run the same `cache-kd extract` again"
+            )
+        return entries
+
+    def _manifest(
+        self, views: Sequence[View], shards: dict[str, str], entries: dict[View, list[FileEntry]], given: dict[str, Any]
+    ) -> Manifest:
+        head = given["head"]
+        files = [(entry.path, entry.sha256) for view in views for entry in entries[view]]
+        plain = {
+            **given,
+            "head": head.to_json() if isinstance(head, HeadSpec) else head,
+            "format": 1,
+            "identity": self._start.identity,
+            "identity_digest": sha256(canonical_json(self._start.identity)),
+            "arrays": {
+                name: {"dtype": array.dtype, "shape": list(array.shape), "sha256": array.sha256}
+                for name, array in self._arrays.items()
+            },
+            "columns": columns_to_json(self._start.columns),
+            "num_images": self._start.num_images,
+            "shard_size": self.shard_size,
+            "views": [view.name for view in views],
+            "data_sha256": sha256(canonical_json(self._start.data)),
+            "shards": shards,
+            "digest": content_digest(self._start.identity, files),
+        }
+        where = f"{self.path / NAME} as it would be written"
+        return Manifest.from_json(parse_json(canonical_json(plain), self.path / NAME), where)
+
+
+def _row_fault(row: np.ndarray, column: Column) -> str:
+    if row.dtype != np.dtype(column.dtype):
+        return f"dtype {row.dtype.str[1:]}, expected {column.dtype}"
+    if column.ragged:
+        if row.ndim != 1 or len(row) > column.shape[0]:
+            return f"shape {row.shape}, expected one axis of at most {column.shape[0]}"
+    elif row.shape != column.shape:
+        return f"shape {row.shape}, expected {column.shape}"
+    return ""
+
+
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path / LOCK)
+    with clear_errors(path / LOCK, "locking"):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CacheKDError(
+                f"another extraction is writing {path}; wait for it to end, or stop it, and run this again"
+            ) from error
+    return lock
