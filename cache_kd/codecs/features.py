@@ -1,0 +1,289 @@
+"""In: a sample's feature maps. Out: one flat u8 row and its tables, each with a declared error bound; and back, in batches.
+
+A row holds the levels in order, each in (F, H, W) order. Encoding is numpy on one thread and a pure function of the
+maps; decoding is batched torch on whichever device the columns lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_kd.errors import AlarmError, MismatchError
+from cache_kd.structures import Column
+
+HALF_MAX = 65504.0
+VALUE_MAX = 1e30
+CODES = 256
+# A table's fraction of a step is an int8 in units of 1/254, held inside ±126/254 so that half a step of rounding plus
+# the fraction stays below one step whatever the distribution inside the cell.
+FRACTION_UNIT = 254.0
+FRACTION_MAX = 126.0
+# A step below 512 units in the last place of the largest value would drown in float32 rounding of lo + code · step.
+SMALLEST_STEP_RATIO = 2.0**-14
+SMALLEST_STEP = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Level:
+    """Name and (F, H, W) of a feature level."""
+
+    name: str
+    shape: tuple[int, int, int]
+
+    @property
+    def size(self) -> int:
+        channels, height, width = self.shape
+        return channels * height * width
+
+
+class FeatureCodec(Protocol):
+    """Feature maps ↔ columns `features` and, for quantisers, `feature_tables`."""
+
+    kind: ClassVar[str]
+
+    def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]: ...
+
+    def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]: ...
+
+    def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]: ...
+
+    def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
+        """Return per level the largest |error| a value may have, broadcastable against (B, F, H, W)."""
+        ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+def value_range(values: np.ndarray, where: str, limit: float = VALUE_MAX) -> tuple[float, float]:
+    """Return the smallest and largest value.
+
+    Args:
+        where: what the values are, for the message.
+        limit: largest magnitude that can be stored.
+
+    Raises:
+        AlarmError: a value is NaN, infinite or beyond the limit.
+    """
+    low, high = float(values.min()), float(values.max())
+    if -limit <= low and high <= limit:
+        return low, high
+    unusable = int(np.count_nonzero(~np.isfinite(values)))
+    if unusable:
+        what, cure = "not finite", "check the teacher; if it ran in fp16, extract again in fp32"
+    else:
+        unusable = int(np.count_nonzero(np.abs(values) > limit))
+        what, cure = f"beyond ±{limit:g}", "use a quantised preset: cache-kd extract --fidelity default"
+    raise AlarmError(f"{where}: {unusable} of {values.size} values are {what}; {cure}")
+
+
+def checked_maps(features: Sequence[np.ndarray], levels: Sequence[Level]) -> list[np.ndarray]:
+    """Return the maps as flat C-order float32; raises `MismatchError` unless their shapes are those of the levels."""
+    got, expected = [tuple(map.shape) for map in features], [level.shape for level in levels]
+    if got != expected:
+        names = ", ".join(level.name for level in levels)
+        raise MismatchError(
+            f"features {names} have shapes {got}, the cache holds {expected}; "
+            "extract with the teacher and the image size of this cache: cache-kd inspect CACHE"
+        )
+    return [np.ascontiguousarray(map, dtype=np.float32).reshape(-1) for map in features]
+
+
+def level_rows(row: Tensor, levels: Sequence[Level]) -> list[Tensor]:
+    """Split rows (B, V) into one (B, F·H·W) slice a level."""
+    return list(torch.split(row, [level.size for level in levels], dim=1))
+
+
+def column_of(columns: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a column; raises `MismatchError` when it was not read."""
+    if name not in columns:
+        raise MismatchError(f"column {name!r} was not read; read all of ViewCodec.columns_for(needs) together")
+    return columns[name]
+
+
+def usable_step(step: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    """Return float32 steps, no smaller than float32 arithmetic can use at this magnitude of values.
+
+    Rounded up to 11 explicit mantissa bits: code · step is then exact, and the order in which a standard deviation
+    was summed cannot show in the result but for the rarest ties.
+    """
+    floored = np.maximum(np.maximum(step, magnitude * SMALLEST_STEP_RATIO), SMALLEST_STEP).astype("<f4")
+    rounded: np.ndarray = ((floored.view("<u4") + np.uint32(0xFFF)) & np.uint32(0xFFFFF000)).view("<f4")
+    return rounded
+
+
+@dataclass(frozen=True)
+class HalfFeatures:
+    """Half precision, bit for bit; bound: half a unit in the last place of the level's largest value."""
+
+    kind: ClassVar[str] = "half"
+
+    def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
+        return (Column("features", "u1", (2 * sum(level.size for level in levels),), typesize=2),)
+
+    def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]:
+        maps = checked_maps(features, levels)
+        for values, level in zip(maps, levels, strict=True):
+            value_range(values, f"features of {level.name}", HALF_MAX)
+        return {"features": np.concatenate([values.astype("<f2") for values in maps]).view(np.uint8)}
+
+    def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]:
+        row = column_of(columns, "features").contiguous().view(torch.float16)
+        return tuple(
+            values.float().view(-1, *level.shape) for values, level in zip(level_rows(row, levels), levels, strict=True)
+        )
+
+    def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
+        return [
+            (features.abs().amax(dim=(1, 2, 3), keepdim=True) * 2.0**-11).clamp_min(2.0**-25)
+            for features in self.decode(columns, levels)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
+@dataclass(frozen=True)
+class ChannelFeatures:
+    """u8 per image and channel: lo + code · step with step = range / 255; bound: one step (half a step in practice).
+
+    Tables are float32 (2, channels of all levels): lo, step.
+    """
+
+    kind: ClassVar[str] = "channel"
+
+    def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
+        channels = sum(level.shape[0] for level in levels)
+        return (
+            Column("features", "u1", (sum(level.size for level in levels),)),
+            Column("feature_tables", "f4", (2, channels), whole=True),
+        )
+
+    def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]:
+        codes, tables = [], []
+        for values, level in zip(checked_maps(features, levels), levels, strict=True):
+            value_range(values, f"features of {level.name}")
+            rows = values.reshape(level.shape[0], -1)
+            low, high = rows.min(axis=1), rows.max(axis=1)
+            step = usable_step(
+                (high.astype(np.float64) - low) / (CODES - 1), np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+            )
+            scaled = (rows - low[:, None]) / step[:, None]
+            codes.append(np.rint(scaled, out=scaled).astype(np.uint8).reshape(-1))
+            tables.append(np.stack([low, step]))
+        return {"features": np.concatenate(codes), "feature_tables": np.concatenate(tables, axis=1).astype("<f4")}
+
+    def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]:
+        tables = torch.split(column_of(columns, "feature_tables"), [level.shape[0] for level in levels], dim=2)
+        decoded = []
+        rows = level_rows(column_of(columns, "features"), levels)
+        for codes, table, level in zip(rows, tables, levels, strict=True):
+            low, step = table[:, 0, :, None, None], table[:, 1, :, None, None]
+            decoded.append(codes.reshape(-1, *level.shape).float().mul_(step).add_(low))
+        return tuple(decoded)
+
+    def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
+        tables = torch.split(column_of(columns, "feature_tables"), [level.shape[0] for level in levels], dim=2)
+        return [table[:, 1, :, None, None] for table in tables]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
+@dataclass(frozen=True)
+class StepFeatures:
+    """u8 with one uniform step an image and level, max(step · sd, range / 255), read back at each code's centroid.
+
+    A value comes back as lo + (code + fraction[code]) · step, where fraction is the mean offset of the values that got
+    this code. Bound: one step; the rms error is at most step / √12 where values spread evenly within a cell, as those
+    of real maps do. Peaks are never clipped.
+
+    Tables are raw little-endian bytes: float32 lo of each level, float32 step of each level, int8 fractions
+    (levels, 256) in units of 1/254.
+
+    Attributes:
+        step: in standard deviations of the level's values.
+    """
+
+    step: float
+    kind: ClassVar[str] = "step"
+
+    def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
+        return (
+            Column("features", "u1", (sum(level.size for level in levels),)),
+            Column("feature_tables", "u1", (len(levels) * (8 + CODES),), whole=True),
+        )
+
+    def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]:
+        maps = checked_maps(features, levels)
+        row = np.empty(sum(values.size for values in maps), np.uint8)
+        scalars = np.empty((2, len(levels)), "<f4")
+        fractions = np.empty((len(levels), CODES), np.int8)
+        start = 0
+        for number, (values, level) in enumerate(zip(maps, levels, strict=True)):
+            codes = row[start : start + values.size]
+            low, step = self._encode_level(values, f"features of {level.name}", codes, fractions[number])
+            scalars[:, number] = low, step
+            start += values.size
+        return {
+            "features": row,
+            "feature_tables": np.concatenate([scalars.view(np.uint8).ravel(), fractions.view(np.uint8).ravel()]),
+        }
+
+    def _encode_level(
+        self, values: np.ndarray, where: str, codes: np.ndarray, fractions: np.ndarray
+    ) -> tuple[np.float32, np.float32]:
+        """Fill `codes` and `fractions` of one level and return its lo and step."""
+        low, high = value_range(values, where)
+        wanted = max(self.step * float(values.std(dtype=np.float64)), (high - low) / (CODES - 1))
+        step = usable_step(np.array([wanted]), np.array([max(abs(low), abs(high))]))[0]
+        scaled = values - np.float32(low)
+        scaled /= step
+        cells = np.rint(scaled).astype(np.intp)
+        codes[:] = cells
+        counts = np.bincount(cells, minlength=CODES)
+        sums = np.bincount(cells, weights=scaled, minlength=CODES)
+        offsets = sums / np.maximum(counts, 1) - np.arange(CODES) * (counts > 0)
+        fractions[:] = np.rint(offsets * FRACTION_UNIT).clip(-FRACTION_MAX, FRACTION_MAX)
+        return np.float32(low), step
+
+    def _tables(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return lo (B, levels), step (B, levels) and fractions (B, levels, 256), float32."""
+        tables = column_of(columns, "feature_tables")
+        count = len(levels)
+        # a copy of its own starts at offset 0, which a view of another element size needs
+        scalars = tables[:, : 8 * count].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        fractions = tables[:, 8 * count :].contiguous().view(torch.int8).float() / FRACTION_UNIT
+        return scalars[:, :count], scalars[:, count:], fractions.view(-1, count, CODES)
+
+    def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]:
+        low, step, fractions = self._tables(columns, levels)
+        centres = torch.arange(CODES, device=low.device) + fractions
+        lookup = centres.mul_(step[:, :, None]).add_(low[:, :, None])  # (B, levels, 256)
+        batch = len(lookup)
+        # one flat table a level and int32 indices: half the time of a gather with int64 indices
+        base = torch.arange(0, batch * CODES, CODES, dtype=torch.int32, device=low.device)[:, None]
+        rows = level_rows(column_of(columns, "features"), levels)
+        return tuple(
+            lookup[:, number].reshape(-1).index_select(0, (codes + base).view(-1)).view(batch, *level.shape)
+            for number, (codes, level) in enumerate(zip(rows, levels, strict=True))
+        )
+
+    def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
+        _, step, _ = self._tables(columns, levels)
+        return [step[:, number, None, None, None] for number in range(len(levels))]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "step": self.step}
+
+
+FEATURE_CODECS: dict[str, type[HalfFeatures | ChannelFeatures | StepFeatures]] = {
+    "half": HalfFeatures,
+    "channel": ChannelFeatures,
+    "step": StepFeatures,
+}
