@@ -1,0 +1,93 @@
+"""In: raw terms and gradients of a run. Out: warnings and errors when a term cannot be teaching anything."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cache_kd.errors import AlarmError
+
+LOG = logging.getLogger(__name__)
+CONSTANT_STEPS = 50
+SHARE_LOW, SHARE_HIGH = 0.01, 0.90
+
+
+class TermWatch:
+    """Watches the raw terms of one run, before their weights: a weight of 0 is no fault, a term of 0 is one.
+
+    Zero: a loud warning, once a term. Constant for 50 steps: an error. Not finite: an error, unless the student's own
+    outputs are not finite, which the trainer recovers from by itself.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+        self._repeats: dict[str, int] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    def see(self, terms: Mapping[str, float], *, student_finite: bool = True) -> None:
+        """Take the raw terms of one step.
+
+        Raises:
+            AlarmError: A term is not finite although the student's outputs are, or did not change for 50 steps.
+        """
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                if student_finite:
+                    raise AlarmError(
+                        f"distillation term {name} is {value} although the student's outputs are finite; "
+                        "check the cache: cache-kd verify CACHE"
+                    )
+                self._warn(name, "not finite", "%s: the student's outputs are not finite in this step", name)
+                continue
+            if value == 0.0:
+                self._warn(name, "zero", "%s: the raw distillation term is exactly 0, nothing is learnt from it", name)
+            self._repeats[name] = self._repeats.get(name, 0) + 1 if value == self._last.get(name) else 1
+            self._last[name] = value
+            if self._repeats[name] >= CONSTANT_STEPS:
+                raise AlarmError(
+                    f"distillation term {name} has been {value} for {CONSTANT_STEPS} steps, so it teaches nothing; "
+                    "check its options (cache-kd losses) and the cache (cache-kd verify CACHE)"
+                )
+
+    def see_shares(self, shares: Mapping[str, float]) -> None:
+        """Warn about terms whose share of the gradient on the neck's outputs is below 1 % or above 90 %."""
+        for name, share in shares.items():
+            if not math.isfinite(share) or not SHARE_LOW <= share <= SHARE_HIGH:
+                LOG.warning(
+                    "%s has %.2g of the gradient on the student's neck; expected %.2g to %.2g, change it with "
+                    "--loss %s:weight=…",
+                    name,
+                    share,
+                    SHARE_LOW,
+                    SHARE_HIGH,
+                    name,
+                )
+
+    def _warn(self, name: str, fault: str, message: str, *values: object) -> None:
+        if (name, fault) not in self._warned:
+            self._warned.add((name, fault))
+            LOG.warning(message, *values)
+
+
+def gradient_shares(detection: Tensor, terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str, float]:
+    """Return each term's share of the gradient on the neck's outputs: |g_term| / (|g_detection| + |g_term|).
+
+    Args:
+        detection: The detection loss, scalar. terms: weighted terms, scalars, in the same scale.
+        features: The neck's outputs (B, F, H, W), with gradient.
+    """
+
+    def norm(loss: Tensor) -> float:
+        if not loss.requires_grad:
+            return 0.0
+        # Half-precision gradients of single terms would underflow; the factor cancels in the ratio.
+        gradients = torch.autograd.grad(loss * 1024, list(features), retain_graph=True, allow_unused=True)
+        return math.sqrt(sum(float(g.float().square().sum()) for g in gradients if g is not None))
+
+    reference = norm(detection)
+    norms = {name: norm(term) for name, term in terms.items()}
+    return {name: value / (reference + value) if value else 0.0 for name, value in norms.items()}

@@ -1,0 +1,109 @@
+"""In: views, a teacher, a codec, a writer. Out: committed units; what is committed already is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from cache_kd.cache.writer import CacheWriter
+from cache_kd.structures import Column, HeadSpec, SampleTargets, TargetCodec, View, ViewDataset, ViewSample
+from cache_kd.views.seeding import pixel_hash
+
+PIXEL_HASH = Column("pixel_hash", "uint8", (8,), whole=True)
+"""The proof that a target belongs to these pixels; stored by the loop itself, whatever the codec."""
+
+
+class TeacherModel(Protocol):
+    """A teacher as the loop sees it: raw targets of a batch of views."""
+
+    @property
+    def head(self) -> HeadSpec: ...
+
+    def __call__(self, views: list[ViewSample], *, batch: int) -> list[SampleTargets]: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of writing, resuming and distributing: one shard of one view."""
+
+    view: View
+    shard: int
+
+    def indices(self, shard_size: int, num_images: int) -> range:
+        """Return the image indices of this unit."""
+        return range(self.shard * shard_size, min((self.shard + 1) * shard_size, num_images))
+
+
+def open_units(writer: CacheWriter, views: Sequence[View]) -> list[Unit]:
+    """Return the units of `views` that are not committed yet, in their fixed order."""
+    return [Unit(view, shard) for view in views for shard in writer.units(view) if not writer.done(view, shard)]
+
+
+def view_batches(
+    dataset: ViewDataset, units: Sequence[Unit], *, shard_size: int, batch: int, workers: int
+) -> Iterator[tuple[Unit, bool, list[ViewSample]]]:
+    """Yield (unit, last batch of the unit, views); a batch never straddles two units."""
+    plan: list[tuple[Unit, bool]] = []
+    keys: list[list[tuple[View, int]]] = []
+    for unit in units:
+        indices = unit.indices(shard_size, len(dataset))
+        for start in range(0, len(indices), batch):
+            keys.append([(unit.view, index) for index in indices[start : start + batch]])
+            plan.append((unit, start + batch >= len(indices)))
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # the Protocol names what is used of it; torch wants its own base class
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=list,
+    )
+    for (unit, last), views in zip(plan, loader, strict=True):
+        yield unit, last, views
+
+
+def encode_views(
+    views: list[ViewSample], teacher: TeacherModel, codec: TargetCodec, *, batch: int
+) -> list[dict[str, np.ndarray]]:
+    """Return one row of columns a view: the encoded targets and the hash of the pixels that the teacher saw."""
+    rows = [codec.encode(targets) for targets in teacher(views, batch=batch)]
+    for row, view in zip(rows, views, strict=True):
+        row[PIXEL_HASH.name] = np.frombuffer(pixel_hash(view.pixels), dtype=np.uint8)
+    return rows
+
+
+def extract_units(
+    units: Sequence[Unit],
+    *,
+    dataset: ViewDataset,
+    teacher: TeacherModel,
+    codec: TargetCodec,
+    writer: CacheWriter,
+    batch: int,
+    workers: int,
+    environment: dict[str, Any],
+    progress: Callable[[int], None],
+) -> float:
+    """Run the teacher over every view of `units`, commit each unit once whole; returns the seconds in the teacher.
+
+    Args:
+        progress: Called after each batch with the number of views it held.
+    """
+    rows: dict[str, list[np.ndarray]] = {}
+    seconds = 0.0
+    for unit, last, views in view_batches(
+        dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers
+    ):
+        started = time.perf_counter()
+        for row in encode_views(views, teacher, codec, batch=batch):
+            for name, values in row.items():
+                rows.setdefault(name, []).append(values)
+        seconds += time.perf_counter() - started
+        if last:
+            writer.write_unit(unit.view, unit.shard, rows, environment)
+            rows = {}
+        progress(len(views))
+    return seconds

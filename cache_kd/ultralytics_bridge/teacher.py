@@ -1,0 +1,163 @@
+"""In: a checkpoint. Out: a frozen teacher that says all targets of a batch of views in one forward pass."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
+
+from cache_kd.errors import InputDataError, MissingFileError, SettingError
+from cache_kd.fingerprint import digest_file, digest_tensors
+from cache_kd.structures import HeadSpec, SampleTargets, ViewSample
+from cache_kd.ultralytics_bridge.gate import safe_loading
+from cache_kd.ultralytics_bridge.heads import HoldStatistics, describe_head, detect_head, detector_output, head_recipe, score_map
+
+LOG = logging.getLogger(__name__)
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A teacher's file as read: the model, what its training recorded, and its identities."""
+
+    path: Path
+    model: nn.Module
+    train_args: dict[str, Any]
+    file_sha256: str
+    weights_sha256: str
+
+
+def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
+    """Return the checkpoint's model (EMA weights where it has them), fp32, eval mode, never fused.
+
+    Args:
+        path: An Ultralytics detection checkpoint.
+        trusted: Allow the file to run code while it loads, as Ultralytics does by default.
+
+    Raises:
+        MissingFileError: No such file (it is never downloaded).
+        InputDataError: Not a checkpoint, one that needs `--trust-teacher`, or a model of another task.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"teacher {path}: no such file; name an existing checkpoint: --teacher best.pt")
+    sha256 = digest_file(path)
+    if trusted:
+        LOG.warning("teacher %s (sha256 %s) is loaded as code: %s", path, sha256, ", ".join(_globals(path)) or "nothing")
+    elif path.suffix != ".pt":
+        raise InputDataError(f"teacher {path} is not a checkpoint; allowed: a file ending in .pt, as best.pt")
+    try:
+        with safe_loading(trusted=trusted):
+            model, content = load_checkpoint(str(path), device="cpu")
+    except Exception as error:  # Ultralytics raises many kinds here; all mean that this file cannot be a teacher
+        foreign = [name for name in _globals(path) if not name.startswith(("ultralytics.", "torch."))]
+        hint = f"; it names {', '.join(foreign[:3])}: --import your_modules.py or --trust-teacher" if foreign else ""
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputDataError(f"teacher {path} is not a usable Ultralytics checkpoint: {reason}{hint}") from error
+    if detect_head(model, f"teacher {path}").cv2 is None:
+        raise InputDataError(f"teacher {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return Checkpoint(path, model, dict(content.get("train_args") or {}), sha256, digest_tensors(model.state_dict()))
+
+
+def _globals(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (ValueError, RuntimeError, OSError):  # not a torch archive: the loader says so itself
+        return []
+
+
+class Teacher:
+    """Runs the teacher over a batch of views and returns one `SampleTargets` a view.
+
+    Args:
+        checkpoint: From `load_teacher`.
+        imgsz: Side of the square views in pixels.
+        device: torch device name.
+        precision: "fp32" or "fp16" (bf16 errs by .3 % of a feature and is not offered).
+        store: which targets to compute, of "features" and "logits".
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, imgsz: int, device: str, precision: str, store: tuple[str, ...]
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise SettingError(f"--precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
+        self.imgsz, self.store = imgsz, store
+        self.head = describe_head(checkpoint.model, f"teacher {checkpoint.path}")
+        self.device, self.dtype = torch.device(device), PRECISIONS[precision]
+        self.model = checkpoint.model.to(self.device, self.dtype).eval()
+        self._statistics = HoldStatistics(detect_head(self.model, "teacher"))
+        self._assigner = TaskAlignedAssigner(
+            num_classes=self.head.num_classes, stride=[tap.stride for tap in self.head.taps]
+        )
+        self._centres = _anchor_centres(self.head, imgsz)
+
+    def __call__(self, views: list[ViewSample], *, batch: int) -> list[SampleTargets]:
+        """Return targets in the order of `views`; a short batch is padded to `batch` images by repeating its last.
+
+        A forward pass over fewer images may round differently, so every pass has the same size.
+        """
+        pixels = np.stack([view.pixels for view in views] + [views[-1].pixels] * (batch - len(views)))
+        images = torch.from_numpy(pixels).to(self.device).to(self.dtype) / 255
+        with torch.inference_mode():
+            outputs = self.model(images)
+            said = detector_output(outputs)
+            mean, m2 = self._statistics.collect(said.features)
+            best = score_map(outputs)
+        features = [_to_numpy(level) for level in said.features] if "features" in self.store else []
+        keep_logits = "logits" in self.store
+        scores, boxes = (_to_numpy(said.scores), _to_numpy(said.boxes)) if keep_logits else (None, None)
+        score_maps = _to_numpy(best)
+        return [
+            SampleTargets(
+                features=tuple(level[row] for level in features),
+                scores=scores[row] if scores is not None else None,
+                boxes=boxes[row] if boxes is not None else None,
+                score_map=score_maps[row] if features else None,
+                hold_mean=mean[row].numpy() if keep_logits else None,
+                hold_m2=m2[row].numpy() if keep_logits else None,
+                in_box=self.in_box(view.boxes) if keep_logits else None,
+            )
+            for row, view in enumerate(views)
+        ]
+
+    def in_box(self, boxes: np.ndarray) -> np.ndarray:
+        """Return (A,) bool: which anchors the task-aligned assigner may ever give to one of `boxes` (n, 4) xyxy pixels."""
+        if not len(boxes):
+            return np.zeros(self.head.num_anchors(self.imgsz), dtype=bool)
+        truth = torch.from_numpy(boxes).unsqueeze(0)
+        mask = torch.ones(1, len(boxes), 1)
+        inside: Tensor = self._assigner.select_candidates_in_gts(self._centres, truth, mask)
+        return inside.any(dim=1).squeeze(0).numpy()
+
+    def head_arrays(self) -> dict[str, np.ndarray]:
+        """Return the head's weights in float32, by name: what a student needs to run features through this head."""
+        head = detect_head(self.model, "teacher")
+        return {
+            name: tensor.float().cpu().numpy()
+            for name, tensor in head.state_dict().items()
+            if tensor.is_floating_point()
+        }
+
+    def head_recipe(self) -> dict[str, Any]:
+        """Return what `heads.rebuild_head` needs beside `head_arrays`."""
+        return head_recipe(detect_head(self.model, "teacher"))
+
+
+def _anchor_centres(head: HeadSpec, imgsz: int) -> Tensor:
+    """Return (A, 2) anchor centres in pixels of the view."""
+    maps = [torch.empty(1, 1, height, width) for height, width in head.grids(imgsz)]
+    centres, strides = make_anchors(maps, torch.tensor([float(tap.stride) for tap in head.taps]))
+    return centres * strides
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().contiguous().numpy()

@@ -1,0 +1,293 @@
+"""In: Ultralytics settings and a plan of distillation. Out: the stock trainer's run, its loss enlarged by stored targets."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.data.build import seed_worker
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG, RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from cache_kd.config import to_yaml
+from cache_kd.errors import MismatchError, SettingError
+from cache_kd.losses import LossSpec
+from cache_kd.structures import HeadSpec, TargetBatch, View
+from cache_kd.student.alarms import TermWatch
+from cache_kd.student.batch import target_columns
+from cache_kd.student.distiller import Distiller
+from cache_kd.student.loader import ViewLoader, ViewSampler
+from cache_kd.student.schedule import ViewSchedule
+from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
+from cache_kd.ultralytics_bridge.heads import describe_head
+from cache_kd.ultralytics_bridge.student import TARGETS, DistilledMixin, attach_distiller
+from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
+from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
+
+LOG = logging.getLogger(__name__)
+SIDECAR = "kd_last.pt"
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """What a run takes from a cache.
+
+    Attributes:
+        losses: the terms; empty for a plain run on the same views.
+        views: the cache's views. recipe, imgsz, seed: what its pixels are made of.
+        teacher: its teacher's head. targets: where items find their columns; None without losses.
+        needs_to_columns, decode: the codec's, by which columns become targets on the device.
+        check_data: called with the training set before the first epoch; raises when it is not the teacher's.
+        record: what `cache_kd.yaml` in the run's folder says; a resumed run must agree with it.
+    """
+
+    losses: tuple[LossSpec, ...]
+    views: tuple[View, ...]
+    recipe: Recipe
+    imgsz: int
+    seed: int
+    teacher: HeadSpec
+    targets: TargetSource | None
+    decode: Callable[[Mapping[str, torch.Tensor]], TargetBatch]
+    check_data: Callable[[TrainingDataset], None]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class DistillTrainer(DetectionTrainer):
+    """Ultralytics' detection trainer on the views of a cache.
+
+    EMA, checkpoints, validation, callbacks, AMP and resuming are the stock trainer's. Adapters are in the optimizer, in
+    parameter groups of their own, and in a sidecar file beside last.pt.
+    """
+
+    def __init__(self, plan: DistillPlan, overrides: dict[str, Any], _callbacks: Any = None) -> None:
+        self.plan = plan
+        workers = overrides.get("workers")
+        super().__init__(DEFAULT_CFG, overrides, _callbacks)
+        if self.ddp or self.world_size > 1:
+            raise SettingError(f"device={self.args.device}: several devices are not supported; allowed: one, as device=0")
+        if self.device.type == "cpu" and workers:
+            self.args.workers = workers  # Ultralytics sets 0 on the CPU even where the user asked for some
+        if self.args.compile and plan.losses:
+            LOG.warning("compile=%s is switched off: torch.compile is untested with distillation", self.args.compile)
+            self.args.compile = False
+        self._dataset: TrainingDataset | None = None
+        self._watch = TermWatch()
+        self._seen: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        if mode != "train":
+            return super().build_dataset(img_path, mode, batch)
+        if self._dataset is None:
+            stride = max(int(unwrap_model(self.model).stride.max()), 32)
+            self._dataset = TrainingDataset(
+                self.data,
+                targets=self.plan.targets,
+                recipe=self.plan.recipe,
+                imgsz=self.plan.imgsz,
+                seed=self.plan.seed,
+                stride=stride,
+                decoded_bytes=(1 << 62) if self.args.cache in (True, "ram") else DECODED_BYTES,
+            )
+            self.plan.check_data(self._dataset)
+        return self._dataset
+
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        if mode != "train":
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        dataset = self.build_dataset(dataset_path, mode, batch_size)
+        workers = min(os.cpu_count() or 1, self.args.workers)
+        return ViewLoader(
+            dataset,
+            batch_size=min(batch_size, len(dataset)),
+            sampler=ViewSampler(len(dataset), self._schedule(), seed=self.args.seed),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=dataset.collate_fn,
+            worker_init_fn=seed_worker,
+        )
+
+    def _schedule(self) -> ViewSchedule:
+        return ViewSchedule.for_cache(self.plan.views, epochs=self.epochs, close=self.args.close_mosaic)
+
+    def _model_train(self) -> None:
+        super()._model_train()
+        sampler = self.train_loader.sampler
+        sampler.schedule = self._schedule()  # `time=` re-estimates the number of epochs while it runs
+        sampler.set_epoch(self.epoch)
+        unwrap_model(self.model).kd_measure = bool(self.plan.losses)
+
+    def _close_dataloader_mosaic(self) -> None:
+        """Do nothing: the schedule of views closes the mosaic."""
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().preprocess_batch(batch)
+        if self.plan.targets is not None:
+            batch[TARGETS] = self.plan.decode(target_columns(batch, self.plan.targets.columns))
+        return batch
+
+    # -- model and optimizer ----------------------------------------------------------------------------------------
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+        model: nn.Module = super().get_model(cfg, weights, verbose)
+        student = describe_head(model, f"student {self.args.model}")
+        check_levels(self.plan.teacher, student)
+        if not self.plan.losses:
+            return model
+        distiller = Distiller(self.plan.losses, self.plan.teacher, student, seed=self.args.seed)
+        return attach_distiller(model, distiller)
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Return the stock optimizer of the student with the adapters in groups of their own (never under Muon)."""
+        student = unwrap_model(model)
+        distiller = student._modules.pop("kd", None)
+        try:
+            optimizer: torch.optim.Optimizer = super().build_optimizer(model, *args, **kwargs)
+        finally:
+            if distiller is not None:
+                student._modules["kd"] = distiller
+        if distiller is not None:
+            by_role = {group["param_group"]: group for group in optimizer.param_groups}
+            for role, chosen in (("weight", True), ("bias", False)):
+                members = [p for p in distiller.parameters() if (p.ndim > 1) is chosen]
+                if members:
+                    optimizer.add_param_group({**by_role[role], "params": members})
+        return optimizer
+
+    def optimizer_step(self) -> None:
+        """Step as the stock trainer does, but clip student and adapters apart: jointly, adapters would shrink the student."""
+        self.scaler.unscale_(self.optimizer)
+        named = list(unwrap_model(self.model).named_parameters())
+        for adapters in (False, True):
+            members = [parameter for name, parameter in named if name.startswith("kd.") is adapters]
+            if members:
+                torch.nn.utils.clip_grad_norm_(members, max_norm=10.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+        self._watch_terms()
+
+    # -- what is said about it --------------------------------------------------------------------------------------
+
+    def _watch_terms(self, *, flush: bool = False) -> None:
+        """Hand the raw terms of recent batches to the alarms, several at once to spare the device a wait a step."""
+        student = unwrap_model(self.model)
+        if not isinstance(student, DistilledMixin):
+            return
+        if student.kd_raw:
+            self._seen.append((student.kd_raw, torch.isfinite(self.loss.detach())))
+            student.kd_raw = {}
+        if len(self._seen) >= 10 or flush or self.device.type == "cpu":
+            for terms, finite in self._seen:
+                self._watch.see({name: float(term) for name, term in terms.items()}, student_finite=bool(finite))
+            self._seen = []
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        super().save_metrics(metrics)
+        student = unwrap_model(self.model)
+        self._watch_terms(flush=True)
+        shares: dict[str, float] | None = getattr(student, "kd_shares", None)
+        if shares is not None:
+            self._watch.see_shares(shares)
+            log = self.save_dir / "kd_gradients.csv"
+            head = "" if log.exists() else "epoch,term,share\n"
+            rows = "".join(f"{self.epoch + 1},{name},{share:.5f}\n" for name, share in shares.items())
+            with log.open("a", encoding="utf-8") as file:
+                file.write(head + rows)
+
+    def label_loss_items(self, loss_items: Any = None, prefix: str = "train") -> Any:
+        labelled = super().label_loss_items(loss_items, prefix)
+        if prefix == "train":
+            return labelled
+        own = {f"{prefix}/{spec.name}_loss" for spec in self.plan.losses}
+        if isinstance(labelled, list):
+            return [name for name in labelled if name not in own]
+        return {name: value for name, value in labelled.items() if name not in own}
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        if RANK in {-1, 0}:
+            (self.save_dir / "cache_kd.yaml").write_text(to_yaml(dict(self.plan.record)), encoding="utf-8")
+
+    def save_model(self) -> bool:
+        """Write the adapters, then the stock checkpoints, then make the adapters' file the last one.
+
+        Killed in between, there are two adapter files and resuming takes the one of last.pt's epoch.
+        """
+        distiller = unwrap_model(self.model)._modules.get("kd")
+        waiting = self.wdir / f"{SIDECAR}.next"
+        if distiller is not None:
+            torch.save({"epoch": self.epoch, "state": distiller.state_dict()}, waiting)
+        saved: bool = super().save_model()
+        if distiller is not None:
+            os.replace(waiting, self.wdir / SIDECAR)
+        return saved
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        super()._load_checkpoint_state(ckpt)
+        distiller = unwrap_model(self.model)._modules.get("kd")
+        if distiller is None:
+            return
+        for name in (SIDECAR, f"{SIDECAR}.next"):
+            file = self.wdir / name
+            if file.exists():
+                held = torch.load(file, map_location=self.device, weights_only=True)
+                if held["epoch"] == ckpt["epoch"]:
+                    distiller.load_state_dict(held["state"])
+                    return
+        raise MismatchError(
+            f"{self.wdir / SIDECAR} does not hold the adapters of epoch {ckpt['epoch'] + 1}, at which "
+            f"{self.last} stands; start a new run: cache-kd train --student {self.args.model}"
+        )
+
+
+def check_levels(teacher: HeadSpec, student: HeadSpec) -> None:
+    """Raise `MismatchError` unless both heads have the same feature levels."""
+    strides = [[tap.stride for tap in head.taps] for head in (teacher, student)]
+    if strides[0] != strides[1]:
+        raise MismatchError(
+            f"the student's head has strides {strides[1]}, the cache's targets have {strides[0]}; "
+            "allowed: a student with the teacher's levels, as any YOLOv8, YOLO11, YOLO12 or YOLO26 detection model"
+        )
+
+
+def check_pixel_settings(settings: Mapping[str, Any], recipe: Recipe, imgsz: int) -> None:
+    """Raise `SettingError` when a training setting would change the pixels that the targets belong to."""
+    faults = [
+        f"{key}={value!r} (the cache has {mine!r})" for key, (mine, value) in recipe.differences(settings).items()
+    ]
+    if "imgsz" in settings and settings["imgsz"] != imgsz:
+        faults.append(f"imgsz={settings['imgsz']!r} (the cache has {imgsz})")
+    for key, allowed in BATCH_PIXEL_KEYS.items():
+        if key in settings and settings[key] not in allowed:
+            faults.append(f"{key}={settings[key]!r} (allowed: {allowed[0]!r})")
+    if settings.get("cache") == "disk":
+        faults.append("cache='disk' (writes .npy files beside the images; allowed: ram, False)")
+    if faults:
+        raise SettingError(
+            f"settings that change pixels are fixed by the cache: {', '.join(faults)}; leave them out, or run "
+            "cache-kd extract again with them"
+        )
+
+
+def fixed_overrides(recipe: Recipe, imgsz: int) -> dict[str, Any]:
+    """Return the settings of a run that the cache fixes, so that args.yaml says what was shown."""
+    values = {key: value for key, value in recipe.to_json().items() if value is not None and key in RECIPE_KEYS}
+    return {**values, "imgsz": imgsz, "multi_scale": 0.0, "rect": False}
+
+

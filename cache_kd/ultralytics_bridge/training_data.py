@@ -1,0 +1,99 @@
+"""In: views and a cache reader. Out: training items that carry their targets, and the proof that they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from cache_kd.structures import View
+from cache_kd.student.batch import stack_columns
+from cache_kd.ultralytics_bridge.dataset import ViewDataset
+from cache_kd.views.seeding import item_seed, pixel_hash
+
+FIRST_ITEMS = 48
+SAMPLED = 64
+"""`--verify-pixels first` checks the first 48 items that each process serves and one in 64 of all others."""
+
+
+class RowReader(Protocol):
+    """Stored rows by view, index and column (a `CacheReader`)."""
+
+    def read(self, view: View, index: int, columns: tuple[str, ...]) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class TargetSource:
+    """Where an item's targets come from.
+
+    Attributes:
+        reader: The cache. columns: what the losses need. ragged: those of varying length.
+        verify: "first", "all" or "off". context: what to add when pixels differ, such as other library versions.
+    """
+
+    reader: RowReader
+    columns: tuple[str, ...]
+    ragged: frozenset[str]
+    verify: str
+    context: str
+
+
+class TrainingDataset(ViewDataset):
+    """Items by (epoch, view, index), each with its targets' columns when a source is given."""
+
+    def __init__(self, data: dict[str, Any], *, targets: TargetSource | None, **settings: Any) -> None:
+        super().__init__(data, **settings)
+        self.targets = targets
+        self._served = 0
+
+    def __getitem__(self, key: tuple[int, View, int]) -> dict[str, Any]:  # type: ignore[override]  # its loader asks by epoch
+        epoch, view, index = key
+        item = self.item(view, index)
+        item["kd_epoch"], item["kd_view"] = epoch, view
+        if self.targets is not None:
+            item["kd_rows"] = self.targets.reader.read(view, index, self.targets.columns)
+            item["kd_fault"] = self._fault(item["img"].numpy(), epoch, view, index)
+        return item
+
+    def _fault(self, pixels: np.ndarray, epoch: int, view: View, index: int) -> str | None:
+        """Return what is wrong with the pixels of an item that is due for a check, or None."""
+        assert self.targets is not None
+        self._served += 1
+        sampled = item_seed(epoch, view, index) % SAMPLED == 0
+        due = self.targets.verify == "all" or self._served <= FIRST_ITEMS or sampled
+        if self.targets.verify == "off" or not due:
+            return None
+        stored = self.targets.reader.read(view, index, ("pixel_hash",))["pixel_hash"].tobytes()
+        found = pixel_hash(pixels)
+        if stored == found:
+            return None
+        return (
+            f"view {view.name} of item {index} ({self.labels[index]['im_file']}) has other pixels than the teacher saw: "
+            f"hash {found.hex()}, stored {stored.hex()}; {self.targets.context}; "
+            "check all of them: cache-kd verify CACHE --pixels"
+        )
+
+    @property
+    def collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:  # type: ignore[override]  # needs the columns
+        """The stock collation plus the columns of the targets."""
+        return Collate(self.targets.ragged if self.targets else frozenset())
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Joins items into a batch that says its epoch and view."""
+
+    ragged: frozenset[str]
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        epochs = {(item.pop("kd_epoch"), item.pop("kd_view")) for item in items}
+        rows: list[Mapping[str, np.ndarray]] = [item.pop("kd_rows", {}) for item in items]
+        faults = [item.pop("kd_fault", None) for item in items]
+        batch: dict[str, Any] = ViewDataset.collate_fn(items)
+        if len(epochs) != 1:
+            raise AssertionError(f"one batch from several epochs: {epochs}")
+        batch["kd_epoch"], batch["kd_view"] = epochs.pop()
+        batch["kd_fault"] = next((fault for fault in faults if fault), None)
+        return {**batch, **(stack_columns(rows, self.ragged) if rows[0] else {})}
