@@ -1,4 +1,4 @@
-"""In: a sample's feature maps. Out: one flat u8 row and its tables, each with a declared error bound; and back, in batches.
+"""In: a sample's feature maps. Out: a flat u8 row and its tables, with a declared error bound; and back, in batches.
 
 A row holds the levels in order, each in (F, H, W) order. Encoding is numpy on one thread and a pure function of the
 maps; decoding is batched torch on whichever device the columns lie.
@@ -60,12 +60,18 @@ class FeatureCodec(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-def value_range(values: np.ndarray, where: str, limit: float = VALUE_MAX) -> tuple[float, float]:
+CHECK_TEACHER = "check the teacher; if it ran in fp16, extract again in fp32"
+
+
+def value_range(
+    values: np.ndarray, where: str, limit: float = VALUE_MAX, *, cure: str = CHECK_TEACHER
+) -> tuple[float, float]:
     """Return the smallest and largest value.
 
     Args:
         where: what the values are, for the message.
         limit: largest magnitude that can be stored.
+        cure: what to do about values beyond the limit.
 
     Raises:
         AlarmError: a value is NaN, infinite or beyond the limit.
@@ -75,11 +81,9 @@ def value_range(values: np.ndarray, where: str, limit: float = VALUE_MAX) -> tup
         return low, high
     unusable = int(np.count_nonzero(~np.isfinite(values)))
     if unusable:
-        what, cure = "not finite", "check the teacher; if it ran in fp16, extract again in fp32"
-    else:
-        unusable = int(np.count_nonzero(np.abs(values) > limit))
-        what, cure = f"beyond ±{limit:g}", "use a quantised preset: cache-kd extract --fidelity default"
-    raise AlarmError(f"{where}: {unusable} of {values.size} values are {what}; {cure}")
+        raise AlarmError(f"{where}: {unusable} of {values.size} values are not finite; {CHECK_TEACHER}")
+    beyond = int(np.count_nonzero(np.abs(values) > limit))
+    raise AlarmError(f"{where}: {beyond} of {values.size} values are beyond ±{limit:g}; {cure}")
 
 
 def checked_maps(features: Sequence[np.ndarray], levels: Sequence[Level]) -> list[np.ndarray]:
@@ -129,7 +133,8 @@ class HalfFeatures:
     def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]:
         maps = checked_maps(features, levels)
         for values, level in zip(maps, levels, strict=True):
-            value_range(values, f"features of {level.name}", HALF_MAX)
+            cure = "store them quantised: cache-kd extract ... --fidelity safe"
+            value_range(values, f"features of {level.name}", HALF_MAX, cure=cure)
         return {"features": np.concatenate([values.astype("<f2") for values in maps]).view(np.uint8)}
 
     def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""In: class and box logits of all anchors. Out: dense or sparse columns with a declared error bound; and back, in batches.
+"""In: class and box logits. Out: dense or sparse columns with a declared error bound; and back, in batches.
 
 Both codecs store DFL logits minus their maximum per side: softmax does not see the shift, and the values become small.
 With reg_max 1 box outputs are distances and stay as they are, in half precision.
@@ -79,13 +79,14 @@ class LogitCodec(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-def check_shapes(scores: np.ndarray, boxes: np.ndarray, shape: LogitShape) -> None:
-    """Raise `MismatchError` unless scores are (A, C) and boxes (A, 4·R)."""
-    expected = ((shape.anchors, shape.classes), (shape.anchors, shape.box_width))
-    if (scores.shape, boxes.shape) != expected:
+def check_shapes(scores: np.ndarray, boxes: np.ndarray, in_box: np.ndarray | None, shape: LogitShape) -> None:
+    """Raise `MismatchError` unless scores are (A, C), boxes (A, 4·R) and in_box, where given, (A,)."""
+    expected = ((shape.anchors, shape.classes), (shape.anchors, shape.box_width), (shape.anchors,))
+    got = (scores.shape, boxes.shape, expected[2] if in_box is None else in_box.shape)
+    if got != expected:
         raise MismatchError(
-            f"scores and boxes have shapes {scores.shape} and {boxes.shape}, the cache holds {expected[0]} and "
-            f"{expected[1]}; extract with the teacher and the image size of this cache: cache-kd inspect CACHE"
+            f"scores, boxes and in_box have shapes {got}, the cache holds {expected}; "
+            "extract with the teacher and the image size of this cache: cache-kd inspect CACHE"
         )
 
 
@@ -117,7 +118,7 @@ class DenseLogits:
     def encode(
         self, scores: np.ndarray, boxes: np.ndarray, in_box: np.ndarray | None, shape: LogitShape
     ) -> dict[str, np.ndarray]:
-        check_shapes(scores, boxes, shape)
+        check_shapes(scores, boxes, in_box, shape)
         value_range(scores, "class logits", HALF_MAX)
         value_range(boxes, "box logits", HALF_MAX)
         shifted = shifted_boxes(boxes, shape.reg_max)
@@ -139,7 +140,7 @@ class SparseLogits:
 
     A row: count u4; mean logit of the unsent anchors per class, fp16 (0 when all are sent); then as byte planes, low
     byte first, each with the sent anchors in order: indices (u2, or u4 beyond 65536 anchors), class codes (n, C), box
-    codes (n, 4·R). A code is int16, minus the logit over the step: nearly all are small and positive, so that the
+    codes (n, 4·R). A code is the logit over the step as int16, written as `differences`: mostly small, so that the
     high plane compresses away. With reg_max 1 the box planes are those of fp16 distances.
 
     Attributes:
@@ -163,7 +164,7 @@ class SparseLogits:
     def encode(
         self, scores: np.ndarray, boxes: np.ndarray, in_box: np.ndarray | None, shape: LogitShape
     ) -> dict[str, np.ndarray]:
-        check_shapes(scores, boxes, shape)
+        check_shapes(scores, boxes, in_box, shape)
         limit = self.step * CODE_MAX
         value_range(scores, "class logits", limit)
         value_range(boxes, "box logits", HALF_MAX if shape.reg_max == 1 else limit / 2)
@@ -177,13 +178,13 @@ class SparseLogits:
             np.array([count], "<u4").view(np.uint8),
             tail.clip(-HALF_MAX, HALF_MAX).astype("<f2").view(np.uint8),
             byte_planes(np.flatnonzero(sent).astype(f"<u{shape.index_bytes}")),
-            byte_planes(self._codes(scores[sent])),
-            byte_planes(kept.astype("<f2") if shape.reg_max == 1 else self._codes(kept)),
+            byte_planes(differences(self._codes(scores[sent]), groups=1)),
+            byte_planes(kept.astype("<f2") if shape.reg_max == 1 else differences(self._codes(kept), groups=SIDES)),
         ]
         return {"logits": np.concatenate(parts)}
 
     def _codes(self, logits: np.ndarray) -> np.ndarray:
-        return np.rint(logits / np.float32(-self.step)).astype("<i2")
+        return np.rint(logits / np.float32(self.step)).astype("<i2")
 
     def decode(self, columns: Mapping[str, Tensor], shape: LogitShape) -> DecodedLogits:
         rows = column_of(columns, "logits")
@@ -192,9 +193,13 @@ class SparseLogits:
         tail = rows[:, HEADER_BYTES : shape.prefix_bytes].clone(memory_format=torch.contiguous_format)
         planes = PlaneReader(rows, counts, shape.prefix_bytes)
         index = planes.integers(1, shape.index_bytes)
-        scores_sent = planes.integers(shape.classes, 2).to(torch.int16).float().mul_(-self.step)
-        boxes_sent = planes.integers(shape.box_width, 2).to(torch.int16)
-        boxes_sent = boxes_sent.view(torch.float16).float() if shape.reg_max == 1 else boxes_sent.mul(-self.step)
+        codes = planes.integers(shape.classes, 2).view(-1, 1, shape.classes)
+        scores_sent = undo_differences(codes, counts).float().mul_(self.step)
+        codes = planes.integers(shape.box_width, 2).view(-1, SIDES, shape.reg_max)
+        if shape.reg_max == 1:
+            boxes_sent = codes.to(torch.int16).view(torch.float16).float()
+        else:
+            boxes_sent = undo_differences(codes, counts).float().mul_(self.step)
         batch = len(rows)
         base = torch.tensor([shape.anchors * number for number in range(batch)], device=rows.device)
         place = index.long() + base.repeat_interleave(torch.tensor(counts, device=rows.device), output_size=sum(counts))
@@ -214,6 +219,25 @@ def byte_planes(values: np.ndarray) -> np.ndarray:
     """Return the bytes of little-endian integers or floats: all low bytes, then all next ones."""
     raw = np.ascontiguousarray(values).reshape(-1, 1).view(np.uint8)
     return np.ascontiguousarray(raw.T).reshape(-1)
+
+
+def differences(codes: np.ndarray, groups: int) -> np.ndarray:
+    """Return int16 codes (n, groups · K) as differences along K, then along the anchors, signs in the lowest bit.
+
+    Neighbouring bins, classes and anchors resemble each other: box rows shrink by a third, those of 80 classes by a
+    fifth. All arithmetic is modulo 2^16, so that no difference can overflow.
+    """
+    grouped = codes.reshape(len(codes), groups, codes.shape[1] // groups)
+    change = np.diff(np.diff(grouped, axis=2, prepend=np.int16(0)), axis=0, prepend=np.int16(0))
+    folded: np.ndarray = ((change << 1) ^ (change >> 15)).astype("<i2")
+    return folded
+
+
+def undo_differences(folded: Tensor, counts: list[int]) -> Tensor:
+    """Return the int16 codes of `differences` of several samples, (N, groups, K); int32 in, N the sum of counts."""
+    change = (folded >> 1) ^ -(folded & 1)
+    anchors = torch.cat([piece.cumsum(0, dtype=torch.int32) for piece in torch.split(change, counts)])
+    return anchors.to(torch.int16).cumsum(2, dtype=torch.int16)
 
 
 def sent_counts(rows: Tensor, lengths: Tensor | None, shape: LogitShape) -> list[int]:

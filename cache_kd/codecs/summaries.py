@@ -1,4 +1,4 @@
-"""In: a sample's score map and hold statistics. Out: their columns, rounded so that they compress; and back, in batches."""
+"""In: a sample's score map and hold statistics. Out: their columns, rounded so that they compress; and back."""
 
 from __future__ import annotations
 
@@ -47,7 +47,12 @@ class ScoreMap:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return (B, A) probabilities, float32."""
-        return codes.float() if self.step is None else torch.sigmoid(codes.float() * self.step)
+        if self.step is None:
+            return codes.float()
+        # through a table, since a vectorised sigmoid may differ in the last bit with the place of a value in the batch
+        span = torch.arange(-CODE_MAX, CODE_MAX + 1, device=codes.device)
+        table = torch.sigmoid(span * self.step)
+        return table.index_select(0, codes.flatten().int() + CODE_MAX).view(codes.shape)
 
     def describe(self) -> dict[str, Any]:
         return {"step": self.step}
