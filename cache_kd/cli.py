@@ -1,0 +1,260 @@
+"""In: words on the command line. Out: calls of the pipeline, and lines for people or one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cache_kd import __version__
+from cache_kd.errors import CacheKDError
+
+PATH = click.Path(path_type=Path)
+
+
+class Group(click.Group):
+    """Prints an error of ours as one line and leaves with exit code 1; `--debug` shows where it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CacheKDError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"cache-kd: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("cache-kd: interrupted; what is committed stays, run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cache-kd")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Knowledge distillation of YOLO detectors from a cache: run the teacher once, train many students.
+
+    \b
+    cache-kd extract --teacher best.pt
+    cache-kd train --student yolov8n.yaml
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+@main.command()
+@click.option("--teacher", required=True, type=PATH, help="Ultralytics detection checkpoint.")
+@click.option("--data", type=PATH, help="Data file; default: the one that the checkpoint recorded.")
+@click.option("--cache", type=PATH, help="Folder of the cache; default: kd_cache/<data>-<teacher>-<identity>.")
+@click.option("--views", default=8, show_default=True, help="Mixed views of every image (mosaic and all).")
+@click.option("--plain-views", default=1, show_default=True, help="Plain views, for the epochs of close_mosaic.")
+@click.option("--imgsz", type=int, help="Side of the views in pixels; default: the checkpoint's.")
+@click.option("--batch", default=16, show_default=True, help="Views a forward pass.")
+@click.option("--device", help="cpu, 0, cuda:1, …; default: the first GPU, else the CPU.")
+@click.option("--workers", type=int, help="Processes that make views; default: 0 on a CPU, else up to 8.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the views.")
+@click.option("--store", default="features,logits", show_default=True, help="Targets to keep.")
+@click.option("--fidelity", default="default", show_default=True, help="exact, safe, default, small or tiny.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the teacher: fp32 or fp16.")
+@click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads.")
+@click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")
+@click.option("--allow-download", is_flag=True, help="Follow the data file's download: entry.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.argument("augmentation", nargs=-1, metavar="[KEY=VALUE]...")
+def extract(augmentation: tuple[str, ...], store: str, as_json: bool, **options: Any) -> None:
+    """Run the teacher once over every view of the data set and store what it says.
+
+    Data set, image size and augmentation are those that the teacher's checkpoint recorded; KEY=VALUE overrides single
+    augmentation settings. The same command goes on after an interruption; with more --views it adds the new ones.
+
+    \b
+    cache-kd extract --teacher best.pt
+    cache-kd extract --teacher best.pt --views 16 --fidelity small mixup=0.1
+    """
+    with _quiet(as_json):
+        from cache_kd.config import parse_pairs
+        from cache_kd.pipeline.extraction import ExtractSettings, megabytes
+        from cache_kd.pipeline.extraction import extract as run
+
+        stores = tuple(part for part in store.split(",") if part)
+        done = run(
+            ExtractSettings(store=stores, augment=parse_pairs(augmentation), **options),
+            say=lambda line: click.echo(line, err=as_json),
+            progress=None if as_json else Progress("views"),
+        )
+    summary = {
+        "cache": str(done.path),
+        "digest": done.manifest.digest,
+        "views": [view.name for view in done.manifest.views],
+        "images": done.manifest.num_images,
+        "items_extracted": done.items,
+        "bytes": done.num_bytes,
+        "seconds": round(done.seconds, 2),
+    }
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    per_item = done.num_bytes / (done.manifest.num_images * len(done.manifest.views))
+    click.echo(
+        f"{done.path}: {len(done.manifest.views)} views of {done.manifest.num_images} images, "
+        f"{megabytes(done.num_bytes)} ({per_item / 1e3:.1f} kB a view), digest {done.manifest.digest[:16]}"
+    )
+    click.echo("train a student from it: cache-kd train --student yolov8n.yaml")
+
+
+@main.command()
+@click.option("--student", help="Model YAML or checkpoint, as yolov8n.yaml.")
+@click.option("--cache", type=PATH, help="Folder of a cache; default: the newest complete one in kd_cache/.")
+@click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
+@click.option("--loss", "losses", multiple=True, metavar="SPEC", help="NAME[:key=value,…], repeatable, or none.")
+@click.option("--name", help="Name of the run's folder under runs/detect.")
+@click.option("--verify-pixels", default="first", show_default=True, help="first, all or off.")
+@click.option("--trust-student", is_flag=True, help="Let the student's file run code while it loads.")
+@click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+def train(settings: tuple[str, ...], student: str | None, **options: Any) -> None:
+    """Train a student on stored targets, in Ultralytics' own trainer. The teacher is never loaded.
+
+    KEY=VALUE are Ultralytics' own settings. --loss none trains plainly on the same views: the baseline.
+
+    \b
+    cache-kd train --student yolov8n.yaml
+    cache-kd train --student yolov8n.yaml --loss cwd --loss ld:weight=2 epochs=50 batch=32
+    cache-kd train resume=runs/detect/train/weights/last.pt
+    """
+    from cache_kd.config import parse_pairs
+
+    pairs = parse_pairs(settings)
+    if student is None and not pairs.get("resume"):
+        raise click.UsageError("Missing option '--student', for example --student yolov8n.yaml.")
+    from cache_kd.pipeline.training import TrainSettings
+    from cache_kd.pipeline.training import train as run
+
+    done = run(TrainSettings(student=student or "", settings=pairs, **options), say=click.echo)
+    click.echo(f"run: {done.folder}")
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def inspect(cache: Path, as_json: bool) -> None:
+    """Say what a cache holds and what it was made from.
+
+    \b
+    cache-kd inspect kd_cache/bccd-best-1a2b3c4d
+    """
+    with _quiet(as_json):
+        from cache_kd.pipeline.inspection import describe, lines
+
+        facts = describe(cache)
+    click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--pixels", is_flag=True, help="Make every view again and compare its pixels' hash.")
+@click.option("--teacher", type=PATH, help="Run this teacher on a sample and compare its targets.")
+@click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
+@click.option("--sample", default=32, show_default=True, help="Items to run the teacher on.")
+@click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def verify(cache: Path, as_json: bool, **options: Any) -> None:
+    """Check a cache: manifest, sizes, sha256 and crc32c of everything; on request pixels and targets too.
+
+    \b
+    cache-kd verify kd_cache/bccd-best-1a2b3c4d
+    cache-kd verify kd_cache/bccd-best-1a2b3c4d --pixels --teacher best.pt
+    """
+    with _quiet(as_json):
+        from cache_kd.pipeline.verification import verify as run
+
+        report = run(
+            cache,
+            say=lambda line: click.echo(line, err=as_json),
+            progress=None if as_json else Progress("checks"),
+            **options,
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        click.echo("\n".join(report.lines()))
+    if not report.ok:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def losses(as_json: bool) -> None:
+    """List the distillation losses: what they transfer, need and cost, and their options.
+
+    \b
+    cache-kd losses
+    """
+    from cache_kd.losses.catalogue import catalogue, table
+
+    click.echo(json.dumps(catalogue()) if as_json else table())
+
+
+@main.command()
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True, help="Folder for everything it makes.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the drawn data set and of every training.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """Tell the whole story on a drawn data set: teacher, one cache, a plain student and two distilled ones.
+
+    \b
+    cache-kd demo
+    """
+    with _quiet(as_json):
+        from cache_kd.demo.story import tell
+
+        result = tell(out, seed=seed, say=lambda line: click.echo(line, err=as_json))
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+
+
+class Progress:
+    """Shows (done, total) as a bar on a terminal, as plain lines with rate and ETA elsewhere."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit, self.started, self._last = unit, time.monotonic(), 0.0
+        self._bar: Any = None
+        self._shown = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stdout.isatty():
+            if self._bar is None:
+                self._bar = click.progressbar(length=total, show_pos=True, show_eta=True, label=self.unit)
+                self._bar.__enter__()
+            self._bar.update(done - self._shown)
+            self._shown = done
+            if done >= total:
+                self._bar.__exit__(None, None, None)
+                click.echo()
+            return
+        elapsed = time.monotonic() - self.started
+        if done < total and elapsed - self._last < 5:
+            return
+        self._last = elapsed
+        rate = done / elapsed if elapsed else 0.0
+        left = (total - done) / rate if rate else 0.0
+        click.echo(f"{done}/{total} {self.unit}, {rate:.1f}/s, {left:.0f} s left")
+
+
+class _quiet:
+    """Sends whatever libraries print to stderr, so that stdout holds one JSON document."""
+
+    def __init__(self, active: bool) -> None:
+        self.active, self._stdout = active, sys.stdout
+
+    def __enter__(self) -> None:
+        if self.active:
+            sys.stdout = sys.stderr
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout = self._stdout
+
+

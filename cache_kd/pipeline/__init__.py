@@ -1,0 +1,1 @@
+"""Wires the stages: extraction, training, opening and checking caches."""

@@ -1,0 +1,72 @@
+"""In: plain Python values. Out: the functions of `import cache_kd`: extract, train, open_cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cache_kd.pipeline.extraction import ExtractSettings
+from cache_kd.pipeline.extraction import extract as run_extraction
+from cache_kd.pipeline.opened import Cache, open_cache
+from cache_kd.pipeline.training import Trained, TrainSettings
+from cache_kd.pipeline.training import train as run_training
+
+__all__ = ["Cache", "extract", "open_cache", "train"]
+_EXTRACT_OPTIONS = frozenset(ExtractSettings.__dataclass_fields__)
+
+
+def extract(teacher: str | Path, **options: Any) -> Cache:
+    """Run the teacher over the views of its data set and return the cache.
+
+    Args:
+        teacher: Checkpoint.
+        options: Fields of `ExtractSettings` (data, cache, views, plain_views, imgsz, batch, device, workers, seed,
+            store, fidelity, precision, …); any other name is an augmentation key of Ultralytics.
+
+    Raises:
+        CacheKDError: One line about what is wrong.
+    """
+    own = {key: value for key, value in options.items() if key in _EXTRACT_OPTIONS}
+    augment = {key: value for key, value in options.items() if key not in _EXTRACT_OPTIONS}
+    for key in ("data", "cache"):
+        if own.get(key) is not None:
+            own[key] = Path(own[key])
+    if "store" in own:
+        own["store"] = tuple(own["store"])
+    return Cache(run_extraction(ExtractSettings(Path(teacher), augment=augment, **own)).path)
+
+
+def train(
+    student: str | Path,
+    *,
+    cache: Cache | str | Path | None = None,
+    losses: Sequence[str] = (),
+    data: str | Path | None = None,
+    name: str | None = None,
+    verify_pixels: str = "first",
+    **settings: Any,
+) -> Trained:
+    """Train a student from a cache and return its run's folder, losses and metrics.
+
+    Args:
+        student: Model YAML or checkpoint.
+        cache: A `Cache`, its folder, or None for the newest complete one.
+        losses: Specs as on the command line; empty takes the defaults, ["none"] trains plainly on the same views.
+        settings: Ultralytics' own settings, such as epochs=50.
+
+    Raises:
+        CacheKDError: One line about what does not fit.
+    """
+    folder = cache.path if isinstance(cache, Cache) else cache
+    return run_training(
+        TrainSettings(
+            student=str(student),
+            cache=Path(folder) if folder is not None else None,
+            data=Path(data) if data is not None else None,
+            losses=tuple(losses),
+            name=name,
+            verify_pixels=verify_pixels,
+            settings=settings,
+        )
+    )

@@ -1,0 +1,358 @@
+"""In: a teacher's checkpoint and what the user overrides. Out: a complete cache, topped up if it was there already."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_kd.cache.manifest import Manifest
+from cache_kd.cache.reader import CacheReader
+from cache_kd.cache.writer import CacheWriter
+from cache_kd.codecs import ViewCodec
+from cache_kd.errors import DiskSpaceError, InputDataError, MismatchError, SettingError
+from cache_kd.fingerprint import digest_json, digest_sources
+from cache_kd.pipeline.locations import default_cache_path
+from cache_kd.pipeline.versions import PIXEL_PACKAGES, cpu_threads, environment, package_versions
+from cache_kd.structures import View
+from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, view_batches
+from cache_kd.ultralytics_bridge.data import find_data_file, load_data
+from cache_kd.ultralytics_bridge.dataset import ViewDataset
+from cache_kd.ultralytics_bridge.gate import import_user_modules
+from cache_kd.ultralytics_bridge.settings import check_settings, default_settings
+from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
+from cache_kd.views.recipe import RECIPE_KEYS, Recipe
+
+LOG = logging.getLogger(__name__)
+PROBE_BATCHES = 2
+DISK_MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Everything that `cache-kd extract` can be told; None takes what the teacher's checkpoint recorded.
+
+    Attributes:
+        views, plain_views: K mixed and P plain views. batch: views a forward pass. workers: loader processes.
+        device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
+    """
+
+    teacher: Path
+    data: Path | None = None
+    cache: Path | None = None
+    views: int = 8
+    plain_views: int = 1
+    imgsz: int | None = None
+    batch: int = 16
+    device: str | None = None
+    workers: int | None = None
+    seed: int = 0
+    store: tuple[str, ...] = ("features", "logits")
+    fidelity: str = "default"
+    precision: str = "fp32"
+    trust_teacher: bool = False
+    imports: tuple[Path, ...] = ()
+    allow_download: bool = False
+    augment: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("views", 0), ("plain_views", 0), ("batch", 1)):
+            if getattr(self, name) < low:
+                option = "--" + name.replace("_", "-")
+                raise SettingError(f"{option} {getattr(self, name)}; allowed: {low} or more")
+        if self.views + self.plain_views == 0:
+            raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
+
+    @property
+    def view_list(self) -> list[View]:
+        """The views in the order of their extraction: mixed ones first."""
+        return [View("mixed", n) for n in range(self.views)] + [View("plain", n) for n in range(self.plain_views)]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is about to be paid: views and bytes still to write, seconds, and the disk's free bytes."""
+
+    views_open: int
+    items_open: int
+    bytes_per_item: float
+    seconds: float
+    free: int
+
+    @property
+    def bytes(self) -> float:
+        return self.bytes_per_item * self.items_open
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction leaves: the cache's folder, manifest and bytes; items done in this run and their seconds."""
+
+    path: Path
+    manifest: Manifest
+    num_bytes: int
+    items: int
+    seconds: float
+
+
+def extract(
+    settings: ExtractSettings,
+    *,
+    say: Callable[[str], None] = LOG.info,
+    progress: Callable[[int, int], None] | None = None,
+) -> Extracted:
+    """Run the teacher over every view that the cache does not hold yet; see `ExtractSettings`.
+
+    Args:
+        say: Takes a line for the user. progress: Takes (items done, items in all) after each batch.
+
+    Raises:
+        CacheKDError: One line about what is wrong; nothing half-written is left behind.
+    """
+    job = _prepare(settings, say)
+    with job.writer:
+        units = open_units(job.writer, settings.view_list)
+        started = time.perf_counter()
+        items = sum(len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units)
+        if units:
+            _check_disk(_forecast(job, units, items), job.path, say)
+            with _threads(cpu_threads()):
+                _run(job, units, items, progress)
+        else:
+            say(f"{job.path}: every view is there already; more of them: --views {settings.views * 2 or 8}")
+        manifest = job.writer.finish(settings.view_list, _manifest_fields(job))
+    seconds = time.perf_counter() - started
+    return Extracted(job.path, manifest, CacheReader(job.path).num_bytes, items, seconds)
+
+
+@dataclass(frozen=True)
+class _Job:
+    settings: ExtractSettings
+    dataset: ViewDataset
+    teacher: Teacher
+    codec: ViewCodec
+    writer: CacheWriter
+    path: Path
+    teacher_record: dict[str, Any]
+    recipe: Recipe
+    imgsz: int
+    environment: dict[str, Any]
+
+
+def _prepare(settings: ExtractSettings, say: Callable[[str], None]) -> _Job:
+    """Check everything that can be checked before the first forward pass, and open the cache."""
+    import_user_modules(settings.imports)
+    checkpoint = load_teacher(settings.teacher, trusted=settings.trust_teacher)
+    recorded = checkpoint.train_args
+    data_file = _data_file(settings, recorded)
+    data = load_data(data_file, allow_download=settings.allow_download)
+    recipe, imgsz = _recipe(settings, recorded)
+    device = settings.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    teacher = Teacher(
+        checkpoint, imgsz=imgsz, device=_device(device), precision=settings.precision, store=settings.store
+    )
+    dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed)
+    for fault in dataset.faults:
+        say(f"skipped as Ultralytics would: {fault}")
+    sources = dataset.sources()
+    codec = ViewCodec.create(settings.fidelity, teacher.head, imgsz, settings.store)
+    identity = {
+        "teacher": checkpoint.weights_sha256,
+        "data": digest_sources(sources),
+        "recipe": recipe.to_json(),
+        "imgsz": imgsz,
+        "seed": settings.seed,
+        "codec": codec.describe(),
+        "precision": settings.precision,
+        "versions": package_versions(PIXEL_PACKAGES),
+    }
+    names = (data_file.stem, settings.teacher.stem, digest_json(identity)[:8])
+    path = settings.cache or default_cache_path("-".join(names))
+    _check_place(path, dataset)
+    writer = CacheWriter.open_or_create(
+        path,
+        identity=identity,
+        data={"images": [source.to_json() for source in sources], "skipped": _skipped(dataset)},
+        columns=(*codec.columns, PIXEL_HASH),
+        num_images=len(dataset),
+        teacher_arrays=teacher.head_arrays(),
+    )
+    record = {
+        "file": settings.teacher.name,
+        "file_sha256": checkpoint.file_sha256,
+        "weights_sha256": checkpoint.weights_sha256,
+        "head": teacher.head_recipe(),
+        "data": str(data_file),
+        "data_names": [str(data["names"][index]) for index in range(data["nc"])],
+    }
+    env = environment(device=device, batch=settings.batch, precision=settings.precision)
+    return _Job(settings, dataset, teacher, codec, writer, path, record, recipe, imgsz, env)
+
+
+def _run(job: _Job, units: Sequence[Unit], items: int, progress: Callable[[int, int], None] | None) -> None:
+    done = 0
+
+    def count(views: int) -> None:
+        nonlocal done
+        done += views
+        if progress:
+            progress(done, items)
+
+    extract_units(
+        units,
+        dataset=job.dataset,
+        teacher=job.teacher,
+        codec=job.codec,
+        writer=job.writer,
+        batch=job.settings.batch,
+        workers=_workers(job.settings),
+        environment={**job.environment, "threads": torch.get_num_threads()},
+        progress=count,
+    )
+
+
+def _forecast(job: _Job, units: Sequence[Unit], items: int) -> Forecast:
+    """Measure bytes and seconds of an item on the first batches; nothing of it is written."""
+    rows: dict[str, list[np.ndarray]] = {}
+    seconds, measured = 0.0, 0
+    with _threads(cpu_threads()):
+        probe = view_batches(
+            job.dataset, units[:1], shard_size=job.writer.shard_size, batch=job.settings.batch, workers=0
+        )
+        started = time.perf_counter()
+        for number, (_, _, views) in enumerate(itertools.islice(probe, PROBE_BATCHES)):
+            for row in encode_views(views, job.teacher, job.codec, batch=job.settings.batch):
+                for name, values in row.items():
+                    rows.setdefault(name, []).append(values)
+            seconds, measured = time.perf_counter() - started, len(views)
+            if number == 0:
+                started = time.perf_counter()  # the first batch warms up; a second one is timed alone
+    sampled = len(rows[PIXEL_HASH.name])
+    free = shutil.disk_usage(_existing_parent(job.path)).free
+    views_open = len({unit.view for unit in units})
+    return Forecast(views_open, items, job.writer.measure(rows) / sampled, seconds / measured * items, free)
+
+
+def _check_disk(forecast: Forecast, path: Path, say: Callable[[str], None]) -> None:
+    say(
+        f"{path}: {forecast.views_open} views to extract, {forecast.items_open} items, "
+        f"about {megabytes(forecast.bytes)} ({forecast.bytes_per_item / 1e3:.1f} kB an item), "
+        f"{megabytes(forecast.free)} free, about {forecast.seconds:.0f} s"
+    )
+    if forecast.bytes * DISK_MARGIN > forecast.free:
+        raise DiskSpaceError(
+            f"{path} needs about {megabytes(forecast.bytes)} and its disk has {megabytes(forecast.free)} free; "
+            "choose fewer --views, --fidelity small or tiny, or another --cache"
+        )
+
+
+def _manifest_fields(job: _Job) -> dict[str, Any]:
+    return {
+        "teacher": job.teacher_record,
+        "head": job.teacher.head,
+        "codec": job.codec.describe(),
+        "imgsz": job.imgsz,
+        "seed": job.settings.seed,
+        "recipe": job.recipe.to_json(),
+        "environment": job.environment,
+    }
+
+
+def _data_file(settings: ExtractSettings, recorded: Mapping[str, Any]) -> Path:
+    if settings.data is not None:
+        return settings.data
+    if not recorded.get("data"):
+        raise InputDataError(f"teacher {settings.teacher} recorded no data file; name it: --data my.yaml")
+    return find_data_file(
+        str(recorded["data"]), beside=(settings.teacher.parent,), purpose=f"teacher {settings.teacher}"
+    )
+
+
+def _recipe(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[Recipe, int]:
+    """Return the recipe and image size: what the user says, else what the checkpoint recorded, else the stock values."""
+    overrides = dict(settings.augment or {})
+    if unknown := sorted(set(overrides) - set(RECIPE_KEYS)):
+        raise SettingError(
+            f"{unknown[0]}={overrides[unknown[0]]!r} is not an augmentation key; allowed: {', '.join(RECIPE_KEYS)}"
+        )
+    for key in ("multi_scale", "rect"):
+        if recorded.get(key):
+            LOG.warning("the teacher was trained with %s=%s; views have one square size", key, recorded[key])
+    stock = default_settings()
+    merged = {key: overrides.get(key, recorded.get(key, stock.get(key))) for key in RECIPE_KEYS}
+    check_settings({key: value for key, value in merged.items() if value is not None})
+    size = settings.imgsz or recorded.get("imgsz") or stock["imgsz"]
+    if isinstance(size, list | tuple):
+        size = max(size)
+    if size % 32 or size < 32:
+        raise SettingError(f"--imgsz {size}; allowed: multiples of 32, for example {max(32, round(size / 32) * 32)}")
+    return Recipe.from_settings(merged), int(size)
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise SettingError(f"--device {name}: {first}; allowed: cpu, or a device that torch sees, as cuda:0") from None
+    return str(device)
+
+
+def _skipped(dataset: ViewDataset) -> list[str]:
+    """Return what was skipped, without the folders of this machine."""
+    prefixes = {str(Path(file).parent) + "/" for file in dataset.im_files}
+    cleaned = []
+    for fault in dataset.faults:
+        for prefix in prefixes:
+            fault = fault.replace(prefix, "")
+        cleaned.append(fault.split("ignoring")[0].strip(" :") + ": ignored as corrupt")
+    return cleaned
+
+
+def _check_place(path: Path, dataset: ViewDataset) -> None:
+    inside = Path(dataset.im_files[0]).parent
+    if path.resolve().is_relative_to(inside.resolve()):
+        raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
+
+
+def _workers(settings: ExtractSettings) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    # On the CPU the forward pass takes every core, and a worker would only contend for them.
+    return min(8, cpu_threads()) if torch.cuda.is_available() else 0
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Use `count` torch threads inside: importing or running Ultralytics may have left only one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def megabytes(count: float) -> str:
+    """Return bytes as text with a fitting decimal unit."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,109 @@
+"""In: a cache's folder. Out: its targets and pixels by view and index, in memory and typed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from cache_kd.cache.manifest import Manifest
+from cache_kd.cache.reader import CacheReader
+from cache_kd.codecs import ViewCodec
+from cache_kd.fingerprint import SourceImage, compare_sources
+from cache_kd.pipeline.locations import newest_cache
+from cache_kd.structures import Targets, View
+from cache_kd.ultralytics_bridge.data import find_data_file, load_data
+from cache_kd.ultralytics_bridge.dataset import ViewDataset
+from cache_kd.views.recipe import Recipe
+
+
+class Cache:
+    """A complete cache, opened for reading.
+
+    Args:
+        path: Its folder.
+        data: The data file, for pixels only; by default the one that the extraction used, looked up as recorded, beside
+            the cache, and in the working directory.
+    """
+
+    def __init__(self, path: Path | str, *, data: Path | str | None = None) -> None:
+        self.path = Path(path)
+        self.reader = CacheReader(self.path)
+        self._data = Path(data) if data is not None else None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache holds and what it was made from."""
+        return self.reader.manifest
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views, mixed ones first."""
+        return self.manifest.views
+
+    @cached_property
+    def images(self) -> tuple[SourceImage, ...]:
+        """The ordered images: relative path, bytes, content hashes of image and label."""
+        return tuple(SourceImage(*row) for row in self.reader.read_data()["images"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files of the cache."""
+        return self.reader.num_bytes
+
+    @cached_property
+    def codec(self) -> ViewCodec:
+        """How its columns become targets."""
+        return ViewCodec.from_description(self.manifest.codec, self.manifest.head, self.manifest.imgsz)
+
+    def read(self, view: int, index: int, *, plain: bool = False) -> Targets:
+        """Return all targets of one view of one image as float32 numpy arrays.
+
+        Raises:
+            SettingError, DamagedCacheError: No such view or image; a file is missing or damaged.
+        """
+        chosen = View("plain" if plain else "mixed", view)
+        names = tuple(column.name for column in self.manifest.columns)
+        row = self.reader.read(chosen, index, names)
+        batch = self.codec.decode_one({name: value for name, value in row.items() if name != "pixel_hash"})
+        return Targets(
+            features=tuple(level[0].numpy() for level in batch.features) if batch.features is not None else None,
+            scores=batch.scores[0].numpy() if batch.scores is not None else None,
+            boxes=batch.boxes[0].numpy() if batch.boxes is not None else None,
+            sent=batch.sent[0].numpy() if batch.sent is not None else None,
+            pixel_hash=row["pixel_hash"].tobytes(),
+        )
+
+    def pixels(self, view: int, index: int, *, plain: bool = False) -> np.ndarray:
+        """Return the network's input of one view: (3, H, W) uint8 RGB, made from the source images.
+
+        Raises:
+            MissingFileError, MismatchError: The data set is not found, or is not the one that the teacher saw.
+        """
+        return self.dataset.sample(View("plain" if plain else "mixed", view), index).pixels
+
+    @cached_property
+    def dataset(self) -> ViewDataset:
+        """The data set that the views are made of, checked to be the teacher's."""
+        manifest = self.manifest
+        dataset = ViewDataset(
+            load_data(self.data_file()),
+            recipe=Recipe.from_settings(manifest.recipe),
+            imgsz=manifest.imgsz,
+            seed=manifest.seed,
+        )
+        compare_sources(self.images, dataset.sources())
+        return dataset
+
+    def data_file(self) -> Path:
+        """Return the data file: the one given, else the recorded one, found."""
+        if self._data is not None:
+            return self._data
+        beside = (self.path.parent, self.path.parent.parent)
+        return find_data_file(str(self.manifest.teacher["data"]), beside=beside, purpose=f"cache {self.path}")
+
+
+def open_cache(path: Path | str | None = None, *, data: Path | str | None = None) -> Cache:
+    """Return the cache at `path`, or the newest complete one of the default place."""
+    return Cache(path if path is not None else newest_cache()[0], data=data)

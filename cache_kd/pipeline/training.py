@@ -1,0 +1,217 @@
+"""In: a student, a cache, losses. Out: an Ultralytics run trained on stored targets; the teacher is never loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_kd.cache.manifest import Manifest
+from cache_kd.config import read_yaml
+from cache_kd.errors import MismatchError, MissingFileError, SettingError
+from cache_kd.fingerprint import compare_sources
+from cache_kd.losses import LossSpec, parse_losses
+from cache_kd.pipeline.locations import newest_cache
+from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.versions import version_differences
+from cache_kd.ultralytics_bridge.data import load_data
+from cache_kd.ultralytics_bridge.gate import import_user_modules, safe_loading
+from cache_kd.ultralytics_bridge.settings import check_settings
+from cache_kd.ultralytics_bridge.trainer import DistillPlan, DistillTrainer, check_pixel_settings, fixed_overrides
+from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
+from cache_kd.views.recipe import Recipe
+
+LOG = logging.getLogger(__name__)
+VERIFY_MODES = ("first", "all", "off")
+NO_LOSSES = "none"
+RECORD = "cache_kd.yaml"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that `cache-kd train` can be told.
+
+    Attributes:
+        student: model YAML or checkpoint. cache: folder; None takes the newest complete one.
+        losses: specs as on the command line; none takes `default_losses`; ("none",) trains plainly on the same views.
+        settings: Ultralytics' own KEY=VALUE settings.
+    """
+
+    student: str
+    cache: Path | None = None
+    data: Path | None = None
+    losses: tuple[str, ...] = ()
+    name: str | None = None
+    verify_pixels: str = "first"
+    trust_student: bool = False
+    imports: tuple[Path, ...] = ()
+    settings: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: its folder, the losses, and the validation metrics of its best checkpoint."""
+
+    folder: Path
+    losses: tuple[LossSpec, ...]
+    metrics: dict[str, float]
+
+
+def default_losses(manifest: Manifest) -> tuple[str, ...]:
+    """Return the losses of a run that names none: cwd and ld; without features ld; without distributions sl2."""
+    stored, distributions = manifest.codec["store"], manifest.head.reg_max > 1
+    if "features" not in stored:
+        return ("ld",) if distributions else ("bckd",)
+    if not distributions:
+        return ("sl2",)
+    return ("cwd", "ld") if "logits" in stored else ("cwd",)
+
+
+def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> Trained:
+    """Train a student from a cache; see `TrainSettings`.
+
+    Raises:
+        CacheKDError: One line about what does not fit, before anything is trained.
+    """
+    if settings.verify_pixels not in VERIFY_MODES:
+        raise SettingError(f"--verify-pixels {settings.verify_pixels!r}; allowed: {', '.join(VERIFY_MODES)}")
+    extra = dict(settings.settings or {})
+    settings, extra = _resumed(settings, extra)
+    cache = _open(settings, say)
+    recipe = Recipe.from_settings(cache.manifest.recipe)
+    check_settings(extra)
+    check_pixel_settings(extra, recipe, cache.manifest.imgsz)
+    losses = _losses(settings, cache.manifest)
+    say(f"losses: {', '.join(map(str, losses)) or 'none, a plain run on the same views'}")
+    import_user_modules(settings.imports)
+    _check_student(settings.student)
+    data_file = cache.data_file()
+    load_data(data_file)
+    overrides = {
+        "project": str(Path.cwd() / "runs" / "detect"),
+        **extra,
+        **fixed_overrides(recipe, cache.manifest.imgsz),
+        "model": settings.student,
+        "data": str(data_file),
+        "task": "detect",
+        "mode": "train",
+    }
+    if settings.name:
+        overrides["name"] = settings.name
+    if not Path(overrides["project"]).is_absolute():
+        overrides["project"] = str(Path.cwd() / overrides["project"])
+    with safe_loading(trusted=settings.trust_student):
+        trainer = DistillTrainer(_plan(cache, losses, settings), overrides)
+        trainer.train()
+    metrics = {str(key): float(value) for key, value in (trainer.metrics or {}).items()}
+    return Trained(Path(trainer.save_dir), losses, metrics)
+
+
+def _open(settings: TrainSettings, say: Callable[[str], None]) -> Cache:
+    if settings.cache is not None:
+        return Cache(settings.cache, data=settings.data)
+    path, candidates = newest_cache()
+    others = f", the newest of {candidates}; another one: --cache DIR" if candidates > 1 else ""
+    say(f"cache: {path}{others}")
+    return Cache(path, data=settings.data)
+
+
+def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]:
+    if settings.losses == (NO_LOSSES,):
+        return ()
+    return parse_losses(list(settings.losses or default_losses(manifest)))
+
+
+def _plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
+    manifest, codec = cache.manifest, cache.codec
+    targets = None
+    if losses:
+        from cache_kd.losses import LOSSES
+
+        needs = frozenset[str]().union(*(LOSSES[spec.name].needs for spec in losses))
+        targets = TargetSource(
+            reader=cache.reader,
+            columns=codec.columns_for(needs),
+            ragged=frozenset(column.name for column in codec.columns if column.ragged),
+            verify=settings.verify_pixels,
+            context=version_differences(manifest.identity["versions"]),
+        )
+
+    def check_data(dataset: TrainingDataset) -> None:
+        compare_sources(cache.images, dataset.sources())
+
+    return DistillPlan(
+        losses=losses,
+        views=manifest.views,
+        recipe=Recipe.from_settings(manifest.recipe),
+        imgsz=manifest.imgsz,
+        seed=manifest.seed,
+        teacher=manifest.head,
+        targets=targets,
+        decode=codec.decode,
+        check_data=check_data,
+        record=_record(cache, losses, settings),
+    )
+
+
+def _record(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> dict[str, Any]:
+    manifest = cache.manifest
+    return {
+        "cache": str(cache.path.resolve()),
+        "identity": manifest.identity_digest,
+        "digest": manifest.digest,
+        "teacher": {key: manifest.teacher[key] for key in ("file", "file_sha256", "weights_sha256")},
+        "losses": [str(spec) for spec in losses] or [NO_LOSSES],
+        "views": [view.name for view in manifest.views],
+        "student": settings.student,
+        "verify_pixels": settings.verify_pixels,
+    }
+
+
+def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSettings, dict[str, Any]]:
+    """Return the settings of an interrupted run, taken from its folder, when `resume=` names a checkpoint."""
+    resume = extra.get("resume")
+    if not resume:
+        return settings, extra
+    checkpoint = Path(settings.student if resume is True else str(resume))
+    if not checkpoint.is_file():
+        raise MissingFileError(f"resume={resume}: no such checkpoint; allowed: resume=runs/detect/NAME/weights/last.pt")
+    recorded = read_yaml(checkpoint.parent.parent / RECORD)
+    asked = tuple(str(spec) for spec in parse_losses(list(settings.losses))) if settings.losses else None
+    if asked is not None and settings.losses != (NO_LOSSES,) and list(asked) != recorded["losses"]:
+        raise MismatchError(
+            f"{checkpoint} was trained with {', '.join(recorded['losses'])}, --loss says {', '.join(asked)}; "
+            "leave --loss out to go on, or start a new run"
+        )
+    cache = settings.cache or Path(recorded["cache"])
+    identity = Cache(cache).manifest.identity_digest
+    if identity != recorded["identity"]:
+        raise MismatchError(
+            f"{checkpoint} was trained from cache {recorded['identity'][:8]}, {cache} is {identity[:8]}; "
+            f"name the first one: --cache {recorded['cache']}"
+        )
+    resumed = TrainSettings(
+        student=str(checkpoint),
+        cache=cache,
+        data=settings.data,
+        losses=tuple(recorded["losses"]),
+        verify_pixels=settings.verify_pixels,
+        trust_student=settings.trust_student,
+        imports=settings.imports,
+    )
+    return resumed, {**extra, "resume": str(checkpoint)}
+
+
+def _check_student(student: str) -> None:
+    """Raise unless the student is a file or one of Ultralytics' own model YAMLs; nothing is downloaded."""
+    from cache_kd.ultralytics_bridge.models import known_model
+
+    path = Path(student)
+    if path.suffix not in {".pt", ".yaml", ".yml"}:
+        raise SettingError(f"--student {student}; allowed: a model YAML as yolov8n.yaml, or a checkpoint ending in .pt")
+    if not path.is_file() and (path.suffix == ".pt" or not known_model(student)):
+        raise MissingFileError(f"--student {student}: no such file; allowed: an existing file, or a stock YAML as yolov8n.yaml")
+
+
