@@ -1,0 +1,21 @@
+"""Distillation losses: pure functions in one file a method, their modules, and the table of names."""
+
+from cache_kd.losses.base import DistillLoss
+from cache_kd.losses.bckd import BCKD
+from cache_kd.losses.cwd import CWD
+from cache_kd.losses.kd import KD
+from cache_kd.losses.ld import LD
+from cache_kd.losses.mimic import MIMIC
+from cache_kd.losses.sl2 import SL2
+from cache_kd.losses.spec import LossSpec, build_loss, parse_loss, parse_losses
+
+LOSSES: dict[str, type[DistillLoss]] = {
+    "cwd": CWD,
+    "ld": LD,
+    "bckd": BCKD,
+    "kd": KD,
+    "mimic": MIMIC,
+    "sl2": SL2,
+}
+
+__all__ = ["LOSSES", "DistillLoss", "LossSpec", "build_loss", "parse_loss", "parse_losses"]

@@ -1,0 +1,24 @@
+"""In: the teacher's class logits of a batch. Out: its confidence at each anchor, and the anchors whose boxes count."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# Below this the teacher sees no object, and its box is noise.
+MIN_BOX_SCORE = 0.05
+
+
+def confidence(scores: Tensor) -> Tensor:
+    """Return max over classes of the sigmoid probability, (B, A), of logits (B, A, C); without gradient."""
+    return scores.detach().amax(-1).sigmoid()
+
+
+def total_confidence(sure: Tensor) -> Tensor:
+    """Return Z, the sum of (B, A) confidences, at least 1: what stands for the number of positives without labels."""
+    return sure.sum().clamp(min=1.0)
+
+
+def box_anchors(sure: Tensor, sent: Tensor | None) -> Tensor:
+    """Return (B, A) bool: anchors whose boxes were sent (all when `sent` is None) and show an object to the teacher."""
+    chosen = sure > MIN_BOX_SCORE
+    return chosen if sent is None else chosen & sent
