@@ -93,7 +93,8 @@ class Teacher:
         self.imgsz, self.store = imgsz, store
         self.head = describe_head(checkpoint.model, f"teacher {checkpoint.path}")
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
-        self.model = checkpoint.model.to(self.device, self.dtype).eval()
+        # channels_last took a fifth off a forward pass on the CPU; convolutions round by it, like by the batch size.
+        self.model = checkpoint.model.to(self.device, self.dtype).to(memory_format=torch.channels_last).eval()
         self._statistics = HoldStatistics(detect_head(self.model, "teacher"))
         self._assigner = TaskAlignedAssigner(
             num_classes=self.head.num_classes, stride=[tap.stride for tap in self.head.taps]
@@ -107,6 +108,7 @@ class Teacher:
         """
         pixels = np.stack([view.pixels for view in views] + [views[-1].pixels] * (batch - len(views)))
         images = torch.from_numpy(pixels).to(self.device).to(self.dtype) / 255
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             outputs = self.model(images)
             said = detector_output(outputs)
