@@ -256,5 +256,3 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         sys.stdout = self._stdout
-
-

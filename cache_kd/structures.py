@@ -27,7 +27,9 @@ class View:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.number < 0:
-            raise SettingError(f"no such view: {self.kind}:{self.number}; allowed: 3 (mixed) or plain:0, numbers from 0")
+            raise SettingError(
+                f"no such view: {self.kind}:{self.number}; allowed: 3 (mixed) or plain:0, numbers from 0"
+            )
 
     @property
     def name(self) -> str:

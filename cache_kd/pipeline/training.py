@@ -212,6 +212,6 @@ def _check_student(student: str) -> None:
     if path.suffix not in {".pt", ".yaml", ".yml"}:
         raise SettingError(f"--student {student}; allowed: a model YAML as yolov8n.yaml, or a checkpoint ending in .pt")
     if not path.is_file() and (path.suffix == ".pt" or not known_model(student)):
-        raise MissingFileError(f"--student {student}: no such file; allowed: an existing file, or a stock YAML as yolov8n.yaml")
-
-
+        raise MissingFileError(
+            f"--student {student}: no such file; allowed: an existing file, or a stock YAML as yolov8n.yaml"
+        )

@@ -44,8 +44,12 @@ def environment(*, device: str, batch: int, precision: str) -> dict[str, Any]:
 def version_differences(recorded: Mapping[str, Any]) -> str:
     """Return a phrase saying which packages that change pixels differ from those of the extraction."""
     now = package_versions(PIXEL_PACKAGES)
-    differing = [f"{name} {recorded.get(name)} then, {now[name]} now" for name in now if recorded.get(name) != now[name]]
-    return "other versions: " + ", ".join(differing) if differing else "the library versions are those of the extraction"
+    differing = [
+        f"{name} {recorded.get(name)} then, {now[name]} now" for name in now if recorded.get(name) != now[name]
+    ]
+    return (
+        "other versions: " + ", ".join(differing) if differing else "the library versions are those of the extraction"
+    )
 
 
 def cpu_threads() -> int:

@@ -14,7 +14,9 @@ from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
 from cache_kd.views.seeding import random_scope
 
 
-def match_classes(teacher: Sequence[str], student: Sequence[str], *, needed_by: Sequence[str]) -> tuple[int, ...] | None:
+def match_classes(
+    teacher: Sequence[str], student: Sequence[str], *, needed_by: Sequence[str]
+) -> tuple[int, ...] | None:
     """Return, for each class of the student, the teacher's index of the class of that name; None if all agree.
 
     Args:

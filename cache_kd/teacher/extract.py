@@ -94,9 +94,7 @@ def extract_units(
     """
     rows: dict[str, list[np.ndarray]] = {}
     seconds = 0.0
-    for unit, last, views in view_batches(
-        dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers
-    ):
+    for unit, last, views in view_batches(dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers):
         started = time.perf_counter()
         for row in encode_views(views, teacher, codec, batch=batch):
             for name, values in row.items():

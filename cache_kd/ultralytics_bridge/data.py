@@ -38,7 +38,9 @@ def load_data(path: Path, *, allow_download: bool = False) -> dict[str, Any]:
     """
     content = read_yaml(path)
     if not content.get("train"):
-        raise InputDataError(f"{path} has no `train:` entry; add the folder of training images, e.g. train: images/train")
+        raise InputDataError(
+            f"{path} has no `train:` entry; add the folder of training images, e.g. train: images/train"
+        )
     if content.get("names") is None and "nc" not in content:
         raise InputDataError(f"{path} has neither `names:` nor `nc:`; add names: [class, …]")
     if not (content.get("val") or content.get("validation")):

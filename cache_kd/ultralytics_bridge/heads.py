@@ -170,7 +170,9 @@ def rebuild_head(spec: HeadSpec, recipe: Mapping[str, Any], arrays: Mapping[str,
     try:
         faults = head.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise MismatchError(f"the stored head is not a stock Detect head: {' '.join(str(error).split())[:200]}") from None
+        raise MismatchError(
+            f"the stored head is not a stock Detect head: {' '.join(str(error).split())[:200]}"
+        ) from None
     missing = [name for name in faults.missing_keys if not name.endswith("num_batches_tracked")]
     if missing or faults.unexpected_keys:
         raise MismatchError(f"the stored head is not a stock Detect head: {(missing + faults.unexpected_keys)[:3]}")

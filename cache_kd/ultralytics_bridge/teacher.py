@@ -17,7 +17,14 @@ from cache_kd.errors import InputDataError, MissingFileError, SettingError
 from cache_kd.fingerprint import digest_file, digest_tensors
 from cache_kd.structures import HeadSpec, SampleTargets, ViewSample
 from cache_kd.ultralytics_bridge.gate import safe_loading
-from cache_kd.ultralytics_bridge.heads import HoldStatistics, describe_head, detect_head, detector_output, head_recipe, score_map
+from cache_kd.ultralytics_bridge.heads import (
+    HoldStatistics,
+    describe_head,
+    detect_head,
+    detector_output,
+    head_recipe,
+    score_map,
+)
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -49,7 +56,9 @@ def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
         raise MissingFileError(f"teacher {path}: no such file; name an existing checkpoint: --teacher best.pt")
     sha256 = digest_file(path)
     if trusted:
-        LOG.warning("teacher %s (sha256 %s) is loaded as code: %s", path, sha256, ", ".join(_globals(path)) or "nothing")
+        LOG.warning(
+            "teacher %s (sha256 %s) is loaded as code: %s", path, sha256, ", ".join(_globals(path)) or "nothing"
+        )
     elif path.suffix != ".pt":
         raise InputDataError(f"teacher {path} is not a checkpoint; allowed: a file ending in .pt, as best.pt")
     try:

@@ -72,7 +72,9 @@ class DistillTrainer(DetectionTrainer):
         workers = overrides.get("workers")
         super().__init__(DEFAULT_CFG, overrides, _callbacks)
         if self.ddp or self.world_size > 1:
-            raise SettingError(f"device={self.args.device}: several devices are not supported; allowed: one, as device=0")
+            raise SettingError(
+                f"device={self.args.device}: several devices are not supported; allowed: one, as device=0"
+            )
         if self.device.type == "cpu" and workers:
             self.args.workers = workers  # Ultralytics sets 0 on the CPU even where the user asked for some
         if self.args.compile and plan.losses:
@@ -289,5 +291,3 @@ def fixed_overrides(recipe: Recipe, imgsz: int) -> dict[str, Any]:
     """Return the settings of a run that the cache fixes, so that args.yaml says what was shown."""
     values = {key: value for key, value in recipe.to_json().items() if value is not None and key in RECIPE_KEYS}
     return {**values, "imgsz": imgsz, "multi_scale": 0.0, "rect": False}
-
-
