@@ -1,4 +1,4 @@
-"""In: bytes and paths. Out: files that are whole or absent, JSON in one spelling, reads that never leave the cache's folder."""
+"""In: bytes and paths. Out: files that are whole or absent, JSON in one spelling, reads that stay inside the cache."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def read_inside(root: str, relative: str, limit: int) -> bytes:
         if size > limit:
             raise DamagedCacheError(f"the file has {size} bytes, at most {limit} are allowed")
         try:
-            return file.read(limit)
+            return file.read(size)
         except OSError as error:
             raise DamagedCacheError(f"the file cannot be read: {error.strerror or error}") from error
 

@@ -1,4 +1,4 @@
-"""In: columns and the number of images. Out: which arrays, chunks, shards and paths they become, and their Zarr metadata."""
+"""In: columns and the number of images. Out: the arrays, chunks, shards and paths they become, and their metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In: `manifest.json` of a cache, or its parts. Out: a checked `Manifest`; every fault of a bad one in a single message."""
+"""In: `manifest.json` of a cache, or its parts. Out: a checked `Manifest`, or all faults of a bad one at once."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def read_root(path: Path) -> dict[str, Any]:
         raise MissingFileError(f"{path} is not a cache of cache-kd: its {ROOT} has no attribute cache_kd")
     if ours.get("format") != FORMAT:
         raise MismatchError(
-            f"{path} has cache format {ours.get('format')!r}, this version reads {FORMAT}; extract it again with `cache-kd extract`"
+            f"{path} has cache format {ours.get('format')!r}, this version reads {FORMAT}; "
+            "extract it again with `cache-kd extract`"
         )
     return ours
 

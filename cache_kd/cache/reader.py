@@ -64,7 +64,7 @@ class CacheReader:
 
     def _begin(self) -> None:
         self._root = os.path.realpath(self.path)
-        self._layouts = layouts(self.manifest.columns, self.manifest.num_images, self.manifest.shard_size)
+        self.layouts = layouts(self.manifest.columns, self.manifest.num_images, self.manifest.shard_size)
         self._files: dict[View, dict[str, FileEntry]] = {}
         self._state = _ProcessState()
 
@@ -98,9 +98,9 @@ class CacheReader:
         Raises:
             SettingError: no such view, column or index. DamagedCacheError: a file is gone or fails its checks.
         """
-        layout = self._layouts.get(column)
+        layout = self.layouts.get(column)
         if layout is None:
-            raise SettingError(f"{self.path} has no column {column!r}; {choices(column, self._layouts)}")
+            raise SettingError(f"{self.path} has no column {column!r}; {choices(column, self.layouts)}")
         if not 0 <= index < layout.num_images:
             raise SettingError(f"{self.path}: no sample {index}; allowed: 0 to {layout.num_images - 1}")
         state = self._here()
@@ -115,7 +115,7 @@ class CacheReader:
         length = int(self.read_row(view, length_name(column), index))
         if length > len(row):
             fault = f"length {length} of a row of at most {len(row)}"
-            path = self._layouts[length_name(column)].shard_path(view, shard)
+            path = self.layouts[length_name(column)].shard_path(view, shard)
             raise self._damage(path, view, index, DamagedCacheError(fault))
         return row[:length]
 
@@ -147,7 +147,7 @@ class CacheReader:
                 raise SettingError(f"{self.path} has no view {view.name}; {choices(view.name, names)}")
             content = self._read_json(shards_path(view), self.manifest.shards[view.name])
             try:
-                self._files[view] = parse_shards(content, view, self._layouts)
+                self._files[view] = parse_shards(content, view, self.layouts)
             except DamagedCacheError as error:
                 where = self.path / shards_path(view)
                 raise DamagedCacheError(f"{where}: {error}; run `cache-kd verify {self.path}`") from error

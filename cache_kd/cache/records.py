@@ -1,4 +1,4 @@
-"""In: JSON of unit records and of `shards.json`. Out: which files exist, with size and hashes, checked against the layout."""
+"""In: JSON of unit records and of `shards.json`. Out: the files that exist, with size and hashes, as laid out."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def shards_json(view: View, entries: Iterable[FileEntry]) -> bytes:
 
 
 def parse_shards(data: Any, view: View, layouts: Mapping[str, ArrayLayout]) -> dict[str, FileEntry]:
-    """Return the files of `view` by path; raises `DamagedCacheError` unless `data` lists exactly those of the layout."""
+    """Return the files of `view` by path; raises `DamagedCacheError` unless those of the layout are listed."""
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("view") != view.name:
         raise DamagedCacheError(f"not the list of files of {view.name}")
     expected = [layout.shard_path(view, shard) for layout in layouts.values() for shard in range(layout.num_shards)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc  # type: ignore[import-untyped]  # numcodecs ships no types
+from numcodecs import blosc
 
 from cache_kd.cache.layout import CHECKSUM, ArrayLayout
 from cache_kd.errors import DamagedCacheError

@@ -1,4 +1,4 @@
-"""In: rows of targets, unit by unit. Out: a cache on disk that at every moment holds whole shards only, manifest last."""
+"""In: rows of targets, unit by unit. Out: a cache that holds whole shards only at every moment, manifest last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cache_kd.cache.files import (
     sha256,
     write_atomic,
 )
-from cache_kd.cache.layout import ArrayLayout, check_columns, group_metadata, layouts, length_name, shard_size
+from cache_kd.cache.layout import FORMAT, ArrayLayout, check_columns, group_metadata, layouts, length_name, shard_size
 from cache_kd.cache.manifest import (
     MAX_JSON_BYTES,
     NAME,
@@ -216,19 +216,23 @@ class CacheWriter:
         self._described.add(view)
 
     def _write_shard(self, view: View, shard: int, layout: ArrayLayout, rows: dict[str, list[np.ndarray]]) -> FileEntry:
-        name = layout.column.name
-        if name in rows:
-            values = rows[name]
-        else:
-            ragged = next(
-                column.name for column in self._start.columns if column.ragged and length_name(column.name) == name
-            )
-            values = [np.array(len(row), "<u4") for row in rows[ragged]]
-        content = encode_shard(values, layout)
+        content = encode_shard(self._values(layout, rows), layout)
         relative = layout.shard_path(view, shard)
         make_folder((self.path / relative).parent)
         write_atomic(self.path / relative, content)
         return FileEntry(relative, len(content), sha256(content), tail_checksum(content, layout))
+
+    def _values(self, layout: ArrayLayout, rows: dict[str, list[np.ndarray]]) -> list[np.ndarray]:
+        """Return the rows of one array: a column's own, or the lengths of a ragged one."""
+        name = layout.column.name
+        if name in rows:
+            return rows[name]
+        ragged = next(column for column in self._start.columns if column.ragged and length_name(column.name) == name)
+        return [np.array(len(row), "<u4") for row in rows[ragged.name]]
+
+    def measure(self, rows: dict[str, list[np.ndarray]]) -> int:
+        """Return the bytes that these rows of a few samples would take on disk; nothing is written."""
+        return sum(len(encode_shard(self._values(layout, rows), layout)) for layout in self._layouts.values())
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Write `content` unless the file holds it already: topping up touches no file of an older view."""
@@ -299,7 +303,8 @@ class CacheWriter:
         if missing:
             more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
             raise DamagedCacheError(
-                f"{self.path}: unfinished, missing {', '.join(missing[:_LISTED])}{more}; run the same `cache-kd extract` again"
+                f"{self.path}: unfinished, missing {', '.join(missing[:_LISTED])}{more}; "
+                "run the same `cache-kd extract` again"
             )
         return entries
 
@@ -311,7 +316,7 @@ class CacheWriter:
         plain = {
             **given,
             "head": head.to_json() if isinstance(head, HeadSpec) else head,
-            "format": 1,
+            "format": FORMAT,
             "identity": self._start.identity,
             "identity_digest": sha256(canonical_json(self._start.identity)),
             "arrays": {
