@@ -30,13 +30,15 @@ def table() -> str:
     """Return the catalogue as text."""
     entries = []
     for loss in catalogue():
-        options = ", ".join(f"{name}={rule['default']}" for name, rule in loss["options"].items()) or "none"
+        defaults = {"weight": loss["default_weight"]}
+        defaults |= {name: rule["default"] for name, rule in loss["options"].items()}
+        options = ", ".join(f"{name}={value}" for name, value in defaults.items())
         allowed = "; ".join(f"{name}: {rule['allowed']}" for name, rule in loss["options"].items() if rule["allowed"])
         body = [
             f"transfers  {loss['title']}",
             f"paper      {loss['paper']}",
             f"needs      {', '.join(loss['needs'])}",
-            f"options    weight={loss['default_weight']}, {options}" + (f" ({allowed})" if allowed else ""),
+            f"options    {options}" + (f" ({allowed})" if allowed else ""),
             f"protocol   {loss['protocol']}",
             f"cost       {loss['cost']}",
         ]

@@ -118,7 +118,7 @@ def extract(
     Raises:
         CacheKDError: One line about what is wrong; nothing half-written is left behind.
     """
-    job = _prepare(settings, say)
+    job = prepare(settings, say)
     with job.writer:
         units = open_units(job.writer, settings.view_list)
         started = time.perf_counter()
@@ -135,7 +135,9 @@ def extract(
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """An extraction that is ready to run: everything is loaded and checked, the cache is open for writing."""
+
     settings: ExtractSettings
     dataset: ViewDataset
     teacher: Teacher
@@ -148,7 +150,7 @@ class _Job:
     environment: dict[str, Any]
 
 
-def _prepare(settings: ExtractSettings, say: Callable[[str], None]) -> _Job:
+def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
     """Check everything that can be checked before the first forward pass, and open the cache."""
     import_user_modules(settings.imports)
     checkpoint = load_teacher(settings.teacher, trusted=settings.trust_teacher)
@@ -195,10 +197,10 @@ def _prepare(settings: ExtractSettings, say: Callable[[str], None]) -> _Job:
         "data_names": [str(data["names"][index]) for index in range(data["nc"])],
     }
     env = environment(device=device, batch=settings.batch, precision=settings.precision)
-    return _Job(settings, dataset, teacher, codec, writer, path, record, recipe, imgsz, env)
+    return Job(settings, dataset, teacher, codec, writer, path, record, recipe, imgsz, env)
 
 
-def _run(job: _Job, units: Sequence[Unit], items: int, progress: Callable[[int, int], None] | None) -> None:
+def _run(job: Job, units: Sequence[Unit], items: int, progress: Callable[[int, int], None] | None) -> None:
     done = 0
 
     def count(views: int) -> None:
@@ -220,7 +222,7 @@ def _run(job: _Job, units: Sequence[Unit], items: int, progress: Callable[[int, 
     )
 
 
-def _forecast(job: _Job, units: Sequence[Unit], items: int) -> Forecast:
+def _forecast(job: Job, units: Sequence[Unit], items: int) -> Forecast:
     """Measure bytes and seconds of an item on the first batches; nothing of it is written."""
     rows: dict[str, list[np.ndarray]] = {}
     seconds, measured = 0.0, 0
@@ -239,7 +241,9 @@ def _forecast(job: _Job, units: Sequence[Unit], items: int) -> Forecast:
     sampled = len(rows[PIXEL_HASH.name])
     free = shutil.disk_usage(_existing_parent(job.path)).free
     views_open = len({unit.view for unit in units})
-    return Forecast(views_open, items, job.writer.measure(rows) / sampled, seconds / measured * items, free)
+    return Forecast(
+        views_open, items, sum(job.writer.measure(rows).values()) / sampled, seconds / measured * items, free
+    )
 
 
 def _check_disk(forecast: Forecast, path: Path, say: Callable[[str], None]) -> None:
@@ -255,7 +259,7 @@ def _check_disk(forecast: Forecast, path: Path, say: Callable[[str], None]) -> N
         )
 
 
-def _manifest_fields(job: _Job) -> dict[str, Any]:
+def _manifest_fields(job: Job) -> dict[str, Any]:
     return {
         "teacher": job.teacher_record,
         "head": job.teacher.head,

@@ -12,12 +12,13 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.config import read_yaml
 from cache_kd.errors import MismatchError, MissingFileError, SettingError
 from cache_kd.fingerprint import compare_sources
-from cache_kd.losses import LossSpec, parse_losses
+from cache_kd.losses import LOSSES, LossSpec, parse_losses
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.versions import version_differences
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, safe_loading
+from cache_kd.ultralytics_bridge.models import known_model
 from cache_kd.ultralytics_bridge.settings import check_settings
 from cache_kd.ultralytics_bridge.trainer import DistillPlan, DistillTrainer, check_pixel_settings, fixed_overrides
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
@@ -103,7 +104,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     if not Path(overrides["project"]).is_absolute():
         overrides["project"] = str(Path.cwd() / overrides["project"])
     with safe_loading(trusted=settings.trust_student):
-        trainer = DistillTrainer(_plan(cache, losses, settings), overrides)
+        trainer = DistillTrainer(distill_plan(cache, losses, settings), overrides)
         trainer.train()
     metrics = {str(key): float(value) for key, value in (trainer.metrics or {}).items()}
     return Trained(Path(trainer.save_dir), losses, metrics)
@@ -124,12 +125,11 @@ def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]
     return parse_losses(list(settings.losses or default_losses(manifest)))
 
 
-def _plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
+def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
+    """Return what a run with these losses takes from the cache; raises `MismatchError` if it lacks what they need."""
     manifest, codec = cache.manifest, cache.codec
     targets = None
     if losses:
-        from cache_kd.losses import LOSSES
-
         needs = frozenset[str]().union(*(LOSSES[spec.name].needs for spec in losses))
         targets = TargetSource(
             reader=cache.reader,
@@ -206,8 +206,6 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
 
 def _check_student(student: str) -> None:
     """Raise unless the student is a file or one of Ultralytics' own model YAMLs; nothing is downloaded."""
-    from cache_kd.ultralytics_bridge.models import known_model
-
     path = Path(student)
     if path.suffix not in {".pt", ".yaml", ".yml"}:
         raise SettingError(f"--student {student}; allowed: a model YAML as yolov8n.yaml, or a checkpoint ending in .pt")

@@ -89,8 +89,10 @@ def verify(
     if sample < 1:
         raise SettingError(f"--sample {sample}; allowed: 1 or more")
     report = verify_cache(path, progress=progress)
-    checked, pixel_faults = 0, []
-    targets_checked, target_faults, worst = 0, [], 0.0
+    checked = 0
+    pixel_faults: list[str] = []
+    targets_checked, worst = 0, 0.0
+    target_faults: list[str] = []
     if report.ok and (pixels or teacher is not None):
         cache = Cache(path, data=data)
         if pixels:
@@ -138,7 +140,8 @@ def _target_faults(cache: Cache, path: Path, sample: int, trusted: bool) -> tupl
     )
     items = _spread(cache.views, manifest.num_images, sample)
     batch = int(environment["batch"])
-    faults, worst = [], 0.0
+    faults: list[str] = []
+    worst = 0.0
     threads = torch.get_num_threads()
     torch.set_num_threads(cpu_threads())
     try:

@@ -36,8 +36,9 @@ def detect_head(model: nn.Module, purpose: str) -> Detect:
 
 def one2many(outputs: Any) -> dict[str, Any]:
     """Return {"boxes", "scores", "feats"} of the one-to-many branch from what a model in train or eval mode returned."""
-    raw: dict[str, Any] = outputs[1] if isinstance(outputs, tuple) else outputs
-    return raw.get("one2many", raw)
+    raw = outputs[1] if isinstance(outputs, tuple) else outputs
+    branch: dict[str, Any] = raw.get("one2many", raw)
+    return branch
 
 
 def detector_output(outputs: Any) -> DetectorOutput:
@@ -68,7 +69,8 @@ def describe_head(model: nn.Module, purpose: str) -> HeadSpec:
     with torch.no_grad():
         channels = [level.shape[1] for level in one2many(model(blank))["feats"]]
     model.train(was_training)
-    names = model.names if isinstance(model.names, dict) else dict(enumerate(model.names))
+    given: Any = model.names
+    names = given if isinstance(given, dict) else dict(enumerate(given))
     return HeadSpec(
         taps=tuple(
             Tap(f"P{int(stride).bit_length() - 1}", count, int(stride))

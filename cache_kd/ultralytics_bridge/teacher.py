@@ -167,7 +167,8 @@ def _anchor_centres(head: HeadSpec, imgsz: int) -> Tensor:
     """Return (A, 2) anchor centres in pixels of the view."""
     maps = [torch.empty(1, 1, height, width) for height, width in head.grids(imgsz)]
     centres, strides = make_anchors(maps, torch.tensor([float(tap.stride) for tap in head.taps]))
-    return centres * strides
+    pixels: Tensor = centres * strides
+    return pixels
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -1,0 +1,144 @@
+"""In: a teacher and its data set. Out: seconds of a training step plain, online and cached, step by step in turn.
+
+Every arm is a trainer of its own with the same settings; each round takes one whole step (loading, forward, backward,
+optimizer) of every arm, in an order that rotates. Arms: `plain`, Ultralytics' stock trainer and loader; `online`, the
+stock `distill_model=`; `cached …`, this project; `cached, no losses`, the same with targets read, moved and dequantised
+but no loss computed.
+
+python scripts/bench/train_step.py --teacher best.pt --data bccd.yaml
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import record
+import torch
+
+from cache_kd.losses import parse_losses
+from cache_kd.pipeline.extraction import ExtractSettings, extract
+from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.training import TrainSettings, distill_plan
+from cache_kd.pipeline.versions import cpu_threads
+from cache_kd.ultralytics_bridge.student import TARGETS
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG
+from ultralytics.utils.torch_utils import unwrap_model
+
+ARMS = {"cached sl2": ["sl2"], "cached ld+bckd": ["ld", "bckd"], "cached cwd+ld": ["cwd", "ld"]}
+
+
+class ReadOnlyTrainer(DistillTrainer):
+    """Reads and dequantises the targets of sl2, ld and bckd, and then trains plainly."""
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().preprocess_batch(batch)
+        batch.pop(TARGETS)
+        return batch
+
+
+def steps(trainer: Any) -> Iterator[float]:
+    """Yield the seconds of one training step after another, as the trainer's own loop does them."""
+    trainer._setup_train()
+    torch.set_num_threads(cpu_threads())
+    epoch = 0
+    while True:
+        trainer.epoch = epoch
+        trainer._model_train()
+        if hasattr(unwrap_model(trainer.model), "kd_measure"):
+            unwrap_model(trainer.model).kd_measure = False  # once an epoch, not part of a step
+        started = time.perf_counter()
+        for batch in trainer.train_loader:
+            loss, _ = trainer.model(trainer.preprocess_batch(batch))
+            trainer.loss = loss.sum()
+            trainer.loss.backward()
+            trainer.optimizer_step()
+            yield time.perf_counter() - started
+            started = time.perf_counter()
+        epoch += 1
+
+
+@click.command()
+@click.option("--teacher", type=click.Path(path_type=Path), required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--student", default="yolov8n.yaml")
+@click.option("--fidelity", default="default")
+@click.option("--batch", default=16)
+@click.option("--rounds", default=25)
+@click.option("--warmup", default=3)
+@click.option("--cache-mode", default="ram", help="Ultralytics' cache= in every arm: ram or False.")
+@click.option("--name", default="train-step")
+def main(
+    teacher: Path,
+    data: Path,
+    student: str,
+    fidelity: str,
+    batch: int,
+    rounds: int,
+    warmup: int,
+    cache_mode: str,
+    name: str,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = extract(
+            ExtractSettings(teacher, data, Path(folder) / "cache", views=2, plain_views=0, fidelity=fidelity)
+        )
+        cache = Cache(made.path, data=data)
+        manifest = cache.manifest
+        settings: dict[str, Any] = {
+            **fixed_overrides(_recipe(cache), manifest.imgsz),
+            "model": student, "data": str(data.resolve()), "batch": batch, "nbs": batch, "workers": 0, "epochs": 100,
+            "cache": cache_mode if cache_mode == "ram" else False, "plots": False, "val": False, "amp": False,
+            "close_mosaic": 0, "warmup_epochs": 0, "optimizer": "AdamW", "lr0": 1e-4, "project": folder,
+        }  # fmt: skip
+        trainers: dict[str, Any] = {"plain": DetectionTrainer(DEFAULT_CFG, {**settings, "name": "plain"})}
+        trainers["online"] = DetectionTrainer(
+            DEFAULT_CFG, {**settings, "name": "online", "distill_model": str(teacher.resolve())}
+        )
+        plain = TrainSettings(student, cache=made.path, data=data)
+        for arm, specs in ARMS.items():
+            trainers[arm] = DistillTrainer(distill_plan(cache, parse_losses(specs), plain), {**settings, "name": arm})
+        every = distill_plan(cache, parse_losses(["sl2", "ld"]), plain)
+        trainers["cached, no losses"] = ReadOnlyTrainer(every, {**settings, "name": "read"})
+        arms = {arm: steps(trainer) for arm, trainer in trainers.items()}
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        names = list(arms)
+        for turn in range(warmup + rounds):
+            for arm in names[turn % len(names) :] + names[: turn % len(names)]:
+                taken = next(arms[arm])
+                if turn >= warmup:
+                    seconds[arm].append(taken)
+        ratios = {
+            arm: record.spread([a / b for a, b in zip(seconds[arm], seconds["plain"], strict=True)]) for arm in names
+        }
+        figures = {arm: {"seconds": record.spread(seconds[arm]), "over_plain": ratios[arm]} for arm in names}
+        file = record.write(
+            name,
+            {"teacher": teacher.name, "data": data.name, "student": student, "imgsz": manifest.imgsz, "batch": batch,
+             "fidelity": fidelity, "rounds": rounds, "cache_mode": cache_mode, "workers": 0},
+            figures,
+        )  # fmt: skip
+    for arm in names:
+        took, ratio = figures[arm]["seconds"], figures[arm]["over_plain"]
+        click.echo(
+            f"{arm:18} {took['median']:.3f} s [{took['min']:.3f}, {took['max']:.3f}]  "
+            f"{ratio['median']:.3f} of plain [{ratio['min']:.3f}, {ratio['max']:.3f}]  "
+            f"medians' ratio {took['median'] / figures['plain']['seconds']['median']:.3f}"
+        )
+    click.echo(str(file))
+
+
+def _recipe(cache: Cache) -> Any:
+    from cache_kd.views.recipe import Recipe
+
+    return Recipe.from_settings(cache.manifest.recipe)
+
+
+if __name__ == "__main__":
+    main()
