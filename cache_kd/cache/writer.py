@@ -230,9 +230,12 @@ class CacheWriter:
         ragged = next(column for column in self._start.columns if column.ragged and length_name(column.name) == name)
         return [np.array(len(row), "<u4") for row in rows[ragged.name]]
 
-    def measure(self, rows: dict[str, list[np.ndarray]]) -> int:
-        """Return the bytes that these rows of a few samples would take on disk; nothing is written."""
-        return sum(len(encode_shard(self._values(layout, rows), layout)) for layout in self._layouts.values())
+    def measure(self, rows: dict[str, list[np.ndarray]]) -> dict[str, int]:
+        """Return the bytes that these rows of a few samples would take on disk, by array; nothing is written."""
+        return {
+            layout.column.name: len(encode_shard(self._values(layout, rows), layout))
+            for layout in self._layouts.values()
+        }
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Write `content` unless the file holds it already: topping up touches no file of an older view."""
