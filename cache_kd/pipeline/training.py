@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cache_kd.cache.manifest import Manifest
 from cache_kd.config import read_yaml
 from cache_kd.errors import MismatchError, MissingFileError, SettingError
@@ -37,6 +39,7 @@ class TrainSettings:
     Attributes:
         student: model YAML or checkpoint. cache: folder; None takes the newest complete one.
         losses: specs as on the command line; none takes `default_losses`; ("none",) trains plainly on the same views.
+        threads: torch threads; None leaves Ultralytics' choice, on a CPU one fewer than its cores.
         settings: Ultralytics' own KEY=VALUE settings.
     """
 
@@ -46,6 +49,7 @@ class TrainSettings:
     losses: tuple[str, ...] = ()
     name: str | None = None
     verify_pixels: str = "first"
+    threads: int | None = None
     trust_student: bool = False
     imports: tuple[Path, ...] = ()
     settings: Mapping[str, Any] | None = None
@@ -105,6 +109,8 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         overrides["project"] = str(Path.cwd() / overrides["project"])
     with safe_loading(trusted=settings.trust_student):
         trainer = DistillTrainer(distill_plan(cache, losses, settings), overrides)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         trainer.train()
     metrics = {str(key): float(value) for key, value in (trainer.metrics or {}).items()}
     return Trained(Path(trainer.save_dir), losses, metrics)
@@ -198,6 +204,7 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
         data=settings.data,
         losses=tuple(recorded["losses"]),
         verify_pixels=settings.verify_pixels,
+        threads=settings.threads,
         trust_student=settings.trust_student,
         imports=settings.imports,
     )
