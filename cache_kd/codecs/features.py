@@ -24,8 +24,7 @@ CODES = 256
 # the fraction stays below one step whatever the distribution inside the cell.
 FRACTION_UNIT = 254.0
 FRACTION_MAX = 126.0
-# A step below 512 units in the last place of the largest value would drown in float32 rounding of lo + code · step.
-SMALLEST_STEP_RATIO = 2.0**-14
+# A constant map has no deviation; its codes are all 0 and any step will do.
 SMALLEST_STEP = 2.0**-100
 
 
@@ -110,14 +109,15 @@ def column_of(columns: Mapping[str, Tensor], name: str) -> Tensor:
     return columns[name]
 
 
-def usable_step(step: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
-    """Return float32 steps, no smaller than float32 arithmetic can use at this magnitude of values.
+def usable_step(step: np.ndarray) -> np.ndarray:
+    """Return steps above 0 as float32, rounded up to 11 explicit mantissa bits.
 
-    Rounded up to 11 explicit mantissa bits: code · step is then exact, and the order in which a standard deviation
-    was summed cannot show in the result but for the rarest ties.
+    So code · step is exact, and the order in which a standard deviation was summed hardly ever shows in the bytes.
+    Offsets far larger than the step need no care: lo, the values and what is read back lie on one grid of float32, and
+    rounding to it cannot leave the range of the values of a cell.
     """
-    floored = np.maximum(np.maximum(step, magnitude * SMALLEST_STEP_RATIO), SMALLEST_STEP).astype("<f4")
-    rounded: np.ndarray = ((floored.view("<u4") + np.uint32(0xFFF)) & np.uint32(0xFFFFF000)).view("<f4")
+    positive = np.maximum(step, SMALLEST_STEP).astype("<f4")
+    rounded: np.ndarray = ((positive.view("<u4") + np.uint32(0xFFF)) & np.uint32(0xFFFFF000)).view("<f4")
     return rounded
 
 
@@ -175,9 +175,7 @@ class ChannelFeatures:
             value_range(values, f"features of {level.name}")
             rows = values.reshape(level.shape[0], -1)
             low, high = rows.min(axis=1), rows.max(axis=1)
-            step = usable_step(
-                (high.astype(np.float64) - low) / (CODES - 1), np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
-            )
+            step = usable_step((high.astype(np.float64) - low) / (CODES - 1))
             scaled = (rows - low[:, None]) / step[:, None]
             codes.append(np.rint(scaled, out=scaled).astype(np.uint8).reshape(-1))
             tables.append(np.stack([low, step]))
@@ -246,7 +244,7 @@ class StepFeatures:
         """Fill `codes` and `fractions` of one level and return its lo and step."""
         low, high = value_range(values, where)
         wanted = max(self.step * float(values.std(dtype=np.float64)), (high - low) / (CODES - 1))
-        step = usable_step(np.array([wanted]), np.array([max(abs(low), abs(high))]))[0]
+        step = usable_step(np.array([wanted]))[0]
         scaled = values - np.float32(low)
         scaled /= step
         cells = np.rint(scaled).astype(np.intp)
