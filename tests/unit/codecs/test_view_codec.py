@@ -186,7 +186,7 @@ def test_rms_error_of_realistic_maps_is_that_of_an_even_spread(preset: str) -> N
 def test_values_alone_in_their_cells_come_back_nearly_exactly(preset: str) -> None:
     head = HeadSpec((Tap("P3", 16, 8),), 1, ("a",))
     codec = ViewCodec.create(preset, head, IMGSZ, ("features",))
-    values = np.array([-0.278, 2.1, 5.7, 9.3, 13.8, 18.4], np.float32)
+    values = np.array([-0.278, 9.3, 18.4], np.float32)
     map = np.random.default_rng(0).choice(values, (16, 8, 8))
     row = codec.fidelity.features.encode((map,), codec.levels)
     columns = {name: torch.from_numpy(values[None]) for name, values in row.items()}
