@@ -26,7 +26,7 @@ class DistilledMixin:
     """
 
     kd: Distiller
-    kd_raw: dict[str, Tensor]
+    kd_seen: list[tuple[dict[str, Tensor], Tensor]]
     kd_shares: dict[str, float] | None = None
     kd_measure: bool = False
     _kd_base: type[nn.Module]
@@ -42,7 +42,9 @@ class DistilledMixin:
         # Ultralytics' losses are sums over the batch, its logged items are means.
         images = batch["img"].shape[0]
         weighted = {name: term * self.kd.weights[name] for name, term in raw.items()}
-        self.kd_raw = {name: term.detach() for name, term in raw.items()}
+        # Judged by the outputs, not by the loss, which a faulty term would make infinite too. No wait for the device.
+        finite = torch.stack([said.scores.isfinite().all(), said.boxes.isfinite().all()]).all()
+        self.kd_seen.append(({name: term.detach() for name, term in raw.items()}, finite))
         if self.kd_measure:
             self.kd_measure = False
             scaled = {name: term * images for name, term in weighted.items()}
@@ -67,4 +69,5 @@ def attach_distiller(model: nn.Module, distiller: Distiller) -> nn.Module:
     base = type(model)
     model.__class__ = type(f"Distilled{base.__name__}", (DistilledMixin, base), {"_kd_base": base})
     model.kd = distiller
+    model.kd_seen = []
     return model

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from torch import nn
 from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, RANK
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils.torch_utils import select_device, unwrap_model
 
 from cache_kd.config import to_yaml
-from cache_kd.errors import MismatchError, SettingError
+from cache_kd.errors import CacheKDError, MismatchError, SettingError
 from cache_kd.losses import LossSpec
 from cache_kd.structures import HeadSpec, TargetBatch, View
 from cache_kd.student.alarms import TermWatch
@@ -70,11 +72,11 @@ class DistillTrainer(DetectionTrainer):
     def __init__(self, plan: DistillPlan, overrides: dict[str, Any], _callbacks: Any = None) -> None:
         self.plan = plan
         workers = overrides.get("workers")
-        super().__init__(DEFAULT_CFG, overrides, _callbacks)
-        if self.ddp or self.world_size > 1:
-            raise SettingError(
-                f"device={self.args.device}: several devices are not supported; allowed: one, as device=0"
-            )
+        check_device(overrides.get("device"))
+        project = Path(overrides["project"])
+        self._made = [folder for folder in (project, *project.parents) if not folder.exists()]
+        with _one_line():
+            super().__init__(DEFAULT_CFG, overrides, _callbacks)
         if self.device.type == "cpu" and workers:
             self.args.workers = workers  # Ultralytics sets 0 on the CPU even where the user asked for some
         if self.args.compile and plan.losses:
@@ -82,7 +84,6 @@ class DistillTrainer(DetectionTrainer):
             self.args.compile = False
         self._dataset: TrainingDataset | None = None
         self._watch = TermWatch()
-        self._seen: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,9 @@ class DistillTrainer(DetectionTrainer):
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         model: nn.Module = super().get_model(cfg, weights, verbose)
-        student = describe_head(model, f"student {self.args.model}")
+        names = tuple(str(self.data["names"][index]) for index in range(self.data["nc"]))
+        # The data set's names: the model gets them later, and a checkpoint or YAML may bring others.
+        student = replace(describe_head(model, f"student {self.args.model}"), names=names)
         check_levels(self.plan.teacher, student)
         if not self.plan.losses:
             return model
@@ -189,13 +192,10 @@ class DistillTrainer(DetectionTrainer):
         student = unwrap_model(self.model)
         if not isinstance(student, DistilledMixin):
             return
-        if student.kd_raw:
-            self._seen.append((student.kd_raw, torch.isfinite(self.loss.detach())))
-            student.kd_raw = {}
-        if len(self._seen) >= 10 or flush or self.device.type == "cpu":
-            for terms, finite in self._seen:
+        if len(student.kd_seen) >= 10 or flush or self.device.type == "cpu":
+            seen, student.kd_seen = student.kd_seen, []
+            for terms, finite in seen:
                 self._watch.see({name: float(term) for name, term in terms.items()}, student_finite=bool(finite))
-            self._seen = []
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         super().save_metrics(metrics)
@@ -203,7 +203,7 @@ class DistillTrainer(DetectionTrainer):
         self._watch_terms(flush=True)
         shares: dict[str, float] | None = getattr(student, "kd_shares", None)
         if shares is not None:
-            self._watch.see_shares(shares)
+            self._watch.see_shares({spec.name: shares[spec.name] for spec in self.plan.losses if spec.weight})
             log = self.save_dir / "kd_gradients.csv"
             head = "" if log.exists() else "epoch,term,share\n"
             rows = "".join(f"{self.epoch + 1},{name},{share:.5f}\n" for name, share in shares.items())
@@ -222,9 +222,24 @@ class DistillTrainer(DetectionTrainer):
     # -- files ------------------------------------------------------------------------------------------------------
 
     def _setup_train(self) -> None:
-        super()._setup_train()
+        try:
+            with _one_line():
+                super()._setup_train()
+        except CacheKDError:
+            self._discard()
+            raise
         if RANK in {-1, 0}:
             (self.save_dir / "cache_kd.yaml").write_text(to_yaml(dict(self.plan.record)), encoding="utf-8")
+
+    def _discard(self) -> None:
+        """Remove the run's folder, and those made for it, when the run is refused before its first epoch."""
+        if self.resume or self.args.exist_ok:
+            return
+        shutil.rmtree(self.save_dir, ignore_errors=True)
+        for folder in self._made:
+            if any(folder.iterdir()):
+                return
+            folder.rmdir()
 
     def save_model(self) -> bool:
         """Write the adapters, then the stock checkpoints, then make the adapters' file the last one.
@@ -239,6 +254,14 @@ class DistillTrainer(DetectionTrainer):
         if distiller is not None:
             os.replace(waiting, self.wdir / SIDECAR)
         return saved
+
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        if ckpt is not None and self.resume and not 0 <= ckpt["epoch"] < self.epochs - 1:
+            raise MismatchError(
+                f"{self.last}: the run of {self.epochs} epochs is finished, there is nothing to resume; start a new "
+                f"one from it: cache-kd train --student {self.last}"
+            )
+        super().resume_training(ckpt)
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         super()._load_checkpoint_state(ckpt)
@@ -256,6 +279,30 @@ class DistillTrainer(DetectionTrainer):
             f"{self.wdir / SIDECAR} does not hold the adapters of epoch {ckpt['epoch'] + 1}, at which "
             f"{self.last} stands; start a new run: cache-kd train --student {self.args.model}"
         )
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what Ultralytics raises while it prepares a run into an error of ours, of one line."""
+    try:
+        yield
+    except CacheKDError:
+        raise
+    except (AssertionError, FileNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SettingError(f"Ultralytics cannot start this run: {reason}; see its traceback: cache-kd --debug") from error
+
+
+def check_device(device: object) -> None:
+    """Raise `SettingError` unless `device` is one device that can be used here; None lets Ultralytics choose."""
+    try:
+        select_device("" if device is None else device, verbose=False)
+    except (ValueError, RuntimeError):
+        count = torch.cuda.device_count()
+        seen = f"cpu, or one of the {count} GPUs that torch sees, as device=0" if count else "cpu; torch sees no GPU"
+        raise SettingError(f"device={device} cannot be used here; allowed: {seen}") from None
+    if device is not None and len(str(device).strip("[]()").split(",")) > 1:
+        raise SettingError(f"device={device}: several devices are not supported; allowed: one, as device=0")
 
 
 def check_levels(teacher: HeadSpec, student: HeadSpec) -> None:
