@@ -26,10 +26,13 @@ class Group(click.Group):
         except CacheKDError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"cache-kd: {error}", err=True)
+            click.echo(f"cache-kd: {' '.join(str(error).split())}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("cache-kd: interrupted; what is committed stays, run the same command again to go on", err=True)
+            again = "what is committed stays, run the same command again to go on"
+            if ctx.invoked_subcommand == "train":
+                again = "go on after the last whole epoch: cache-kd train resume=RUN/weights/last.pt"
+            click.echo(f"cache-kd: interrupted; {again}", err=True)
             ctx.exit(130)
 
 

@@ -19,7 +19,7 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import ViewCodec
-from cache_kd.errors import DiskSpaceError, InputDataError, MismatchError, SettingError
+from cache_kd.errors import CacheKDError, DiskSpaceError, InputDataError, MismatchError, SettingError
 from cache_kd.fingerprint import digest_json, digest_sources
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.versions import PIXEL_PACKAGES, cpu_threads, environment, package_versions
@@ -119,7 +119,7 @@ def extract(
         CacheKDError: One line about what is wrong; nothing half-written is left behind.
     """
     job = prepare(settings, say)
-    with job.writer:
+    with job.writer, _nothing_left(job):
         units = open_units(job.writer, settings.view_list)
         started = time.perf_counter()
         items = sum(len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units)
@@ -132,6 +132,21 @@ def extract(
         manifest = job.writer.finish(settings.view_list, _manifest_fields(job))
     seconds = time.perf_counter() - started
     return Extracted(job.path, manifest, CacheReader(job.path).num_bytes, items, seconds)
+
+
+@contextmanager
+def _nothing_left(job: Job) -> Iterator[None]:
+    """Remove a cache's folder, and those made for it, when an error ends its first extraction before the first unit."""
+    try:
+        yield
+    except CacheKDError:
+        if job.path in job.made and not any(job.path.glob("units/**/*.json")):
+            shutil.rmtree(job.path)
+            for folder in job.made[1:]:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+        raise
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,7 @@ class Job:
     recipe: Recipe
     imgsz: int
     environment: dict[str, Any]
+    made: tuple[Path, ...]
 
 
 def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
@@ -180,6 +196,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
     names = (data_file.stem, settings.teacher.stem, digest_json(identity)[:8])
     path = settings.cache or default_cache_path("-".join(names))
     _check_place(path, dataset)
+    made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
     writer = CacheWriter.open_or_create(
         path,
         identity=identity,
@@ -197,7 +214,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         "data_names": [str(data["names"][index]) for index in range(data["nc"])],
     }
     env = environment(device=device, batch=settings.batch, precision=settings.precision)
-    return Job(settings, dataset, teacher, codec, writer, path, record, recipe, imgsz, env)
+    return Job(settings, dataset, teacher, codec, writer, path, record, recipe, imgsz, env, made)
 
 
 def _run(job: Job, units: Sequence[Unit], items: int, progress: Callable[[int, int], None] | None) -> None:

@@ -184,9 +184,15 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
     checkpoint = Path(settings.student if resume is True else str(resume))
     if not checkpoint.is_file():
         raise MissingFileError(f"resume={resume}: no such checkpoint; allowed: resume=runs/detect/NAME/weights/last.pt")
-    recorded = read_yaml(checkpoint.parent.parent / RECORD)
-    asked = tuple(str(spec) for spec in parse_losses(list(settings.losses))) if settings.losses else None
-    if asked is not None and settings.losses != (NO_LOSSES,) and list(asked) != recorded["losses"]:
+    record = checkpoint.parent.parent / RECORD
+    if not record.is_file():
+        raise MismatchError(
+            f"resume={resume}: {record} is missing, so this is no run of cache-kd; resume it with yolo train, or "
+            f"start a new run from it: cache-kd train --student {checkpoint}"
+        )
+    recorded = read_yaml(record)
+    asked = _written(settings.losses)
+    if asked and asked != recorded["losses"]:
         raise MismatchError(
             f"{checkpoint} was trained with {', '.join(recorded['losses'])}, --loss says {', '.join(asked)}; "
             "leave --loss out to go on, or start a new run"
@@ -209,6 +215,13 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
         imports=settings.imports,
     )
     return resumed, {**extra, "resume": str(checkpoint)}
+
+
+def _written(losses: tuple[str, ...]) -> list[str]:
+    """Return the canonical texts of losses as a run records them."""
+    if losses == (NO_LOSSES,):
+        return [NO_LOSSES]
+    return [str(spec) for spec in parse_losses(list(losses))]
 
 
 def _check_student(student: str) -> None:

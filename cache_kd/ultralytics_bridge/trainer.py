@@ -290,7 +290,9 @@ def _one_line() -> Iterator[None]:
         raise
     except (AssertionError, FileNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SettingError(f"Ultralytics cannot start this run: {reason}; see its traceback: cache-kd --debug") from error
+        raise SettingError(
+            f"Ultralytics cannot start this run: {reason}; see its traceback: cache-kd --debug"
+        ) from error
 
 
 def check_device(device: object) -> None:
