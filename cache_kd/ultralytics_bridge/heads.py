@@ -34,6 +34,11 @@ def detect_head(model: nn.Module, purpose: str) -> Detect:
     return head
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Return whether normalisations were folded into convolutions, as `fuse()` does for inference."""
+    return any(isinstance(module, Conv) and not hasattr(module, "bn") for module in model.modules())
+
+
 def one2many(outputs: Any) -> dict[str, Any]:
     """Return {"boxes", "scores", "feats"} of the one-to-many branch from what a model in train or eval mode returned."""
     raw = outputs[1] if isinstance(outputs, tuple) else outputs
@@ -137,18 +142,27 @@ def moments(level: Tensor) -> tuple[Tensor, Tensor]:
     return average, variance * cells.shape[2]
 
 
-class LegacyDetect(Detect):
+class PlainDetect(Detect):
     """`Detect` as YOLOv8 builds it: plain convolutions in the class branch."""
 
     legacy = True
 
 
+class SeparableDetect(Detect):
+    """`Detect` as YOLO11, 12 and 26 build it: separable convolutions in the class branch."""
+
+    legacy = False
+
+
 def head_recipe(head: Detect) -> dict[str, Any]:
-    """Return what `rebuild_head` needs beside the weights, as JSON holds it."""
+    """Return what `rebuild_head` needs beside the weights, as JSON holds it.
+
+    `legacy` is read off the layers: Ultralytics keeps it on the class, where it tells of the last model built.
+    """
     norm = next((module for module in head.modules() if isinstance(module, nn.BatchNorm2d)), None)
     conv = next((module for module in head.modules() if isinstance(module, Conv)), None)
     return {
-        "legacy": bool(head.legacy),
+        "legacy": isinstance(head.cv3[0][0], Conv),
         "norm_eps": norm.eps if norm else None,
         "activation": type(conv.act).__name__ if conv else None,
     }
@@ -160,7 +174,7 @@ def rebuild_head(spec: HeadSpec, recipe: Mapping[str, Any], arrays: Mapping[str,
     Raises:
         MismatchError: The weights do not fit a stock head (a teacher with a head of its own).
     """
-    kind = LegacyDetect if recipe["legacy"] else Detect
+    kind = PlainDetect if recipe["legacy"] else SeparableDetect
     head = kind(nc=spec.num_classes, reg_max=spec.reg_max, end2end=spec.end2end, ch=[tap.channels for tap in spec.taps])
     head.stride = torch.tensor([float(tap.stride) for tap in spec.taps])
     for module in head.modules():

@@ -23,6 +23,7 @@ from cache_kd.ultralytics_bridge.heads import (
     detect_head,
     detector_output,
     head_recipe,
+    is_fused,
     score_map,
 )
 
@@ -69,7 +70,7 @@ def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
         hint = f"; it names {', '.join(foreign[:3])}: --import your_modules.py or --trust-teacher" if foreign else ""
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputDataError(f"teacher {path} is not a usable Ultralytics checkpoint: {reason}{hint}") from error
-    if detect_head(model, f"teacher {path}").cv2 is None:
+    if detect_head(model, f"teacher {path}").cv2 is None or is_fused(model):
         raise InputDataError(f"teacher {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
