@@ -1,0 +1,268 @@
+"""An interrupted training goes on with the same adapters, at the right epoch, on the right view."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from student_runs import FAST, Run, differing, results, train_student
+from torch import Tensor
+from ultralytics.utils.torch_utils import unwrap_model
+
+from cache_kd.cli import main
+from cache_kd.errors import MismatchError
+from cache_kd.pipeline import training
+from cache_kd.structures import View
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
+
+LOSSES = ("cwd", "ld")
+VIEWS = [View("mixed", 0), View("mixed", 1), View("mixed", 0), View("plain", 0)]
+BATCHES = 3
+
+
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+def interrupt_at(epoch: int, batch: int) -> Callable[[DistillTrainer, dict[str, Any]], None]:
+    seen: list[int] = []
+
+    def act(trainer: DistillTrainer, _: dict[str, Any]) -> None:
+        seen.append(trainer.epoch)
+        if trainer.epoch == epoch and seen.count(epoch) > batch:
+            raise Interrupt
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def interrupted_once(few_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four epochs that ended in the middle of its third."""
+    project = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(Interrupt, match=r"^$"):
+        train_student(few_cache, project, *LOSSES, epochs=4, before_batch=interrupt_at(2, 1))
+    return project / "train"
+
+
+@pytest.fixture
+def interrupted(interrupted_once: Path, tmp_path: Path) -> Path:
+    """A copy of that run's folder."""
+    return Path(shutil.copytree(interrupted_once, tmp_path / "runs" / "train"))
+
+
+def resume(folder: Path, *losses: str, **settings: Any) -> Run:
+    """Resume the run in `folder`, writing into the same."""
+    last = folder / "weights" / "last.pt"
+    project = folder.parent
+    return train_student(None, project, *losses, student="", resume=str(last), save_dir=str(folder), **settings)  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_goes_on_where_it_was(interrupted: Path) -> None:
+    held = torch.load(interrupted / "weights" / "kd_last.pt", weights_only=True)
+    assert held["epoch"] == 1
+    first: list[dict[str, Tensor]] = []
+
+    def keep(trainer: DistillTrainer, _: dict[str, Any]) -> None:
+        if not first:
+            first.append({name: value.clone() for name, value in unwrap_model(trainer.model).kd.state_dict().items()})
+
+    run = resume(interrupted, before_batch=keep)
+    assert differing(first[0], held["state"]) == []
+    assert run.shown == [(epoch, VIEWS[epoch]) for epoch in (2, 3) for _ in range(BATCHES)]
+    rows = results(interrupted)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(float(row[f"train/{name}_loss"]) > 0 for row in rows for name in LOSSES)
+
+
+def test_momenta_of_student_and_adapters_are_restored(interrupted: Path) -> None:
+    moments: list[int] = []
+
+    def count(trainer: DistillTrainer, _: dict[str, Any]) -> None:
+        if not moments:
+            held = trainer.optimizer.state
+            wanted = [p for p in unwrap_model(trainer.model).parameters() if p.requires_grad]
+            moments.append(sum(p not in held for p in wanted))
+            for group in trainer.optimizer.param_groups:
+                for p in group["params"]:
+                    assert all(v.shape == p.shape for v in held[p].values() if torch.is_tensor(v) and v.ndim)
+
+    resume(interrupted, before_batch=count)
+    assert moments == [0]
+
+
+def test_adapters_of_another_epoch_are_refused(interrupted: Path) -> None:
+    sidecar = interrupted / "weights" / "kd_last.pt"
+    held = torch.load(sidecar, weights_only=True)
+    torch.save({**held, "epoch": 0}, sidecar)
+    with pytest.raises(MismatchError, match=r"kd_last\.pt does not hold the adapters of epoch 2, at which .*last\.pt"):
+        resume(interrupted)
+    sidecar.unlink()
+    with pytest.raises(MismatchError, match=r"kd_last\.pt does not hold the adapters of epoch 2"):
+        resume(interrupted)
+    assert (interrupted / "weights" / "last.pt").is_file()
+
+
+def test_a_kill_between_the_two_files_is_survived(interrupted: Path) -> None:
+    weights = interrupted / "weights"
+    right = torch.load(weights / "kd_last.pt", weights_only=True)
+    (weights / "kd_last.pt").rename(weights / "kd_last.pt.next")
+    torch.save(
+        {"epoch": 0, "state": {name: value * 0 for name, value in right["state"].items()}}, weights / "kd_last.pt"
+    )
+    first: list[dict[str, Tensor]] = []
+
+    def stop(trainer: DistillTrainer, _: dict[str, Any]) -> None:
+        first.append({name: value.clone() for name, value in unwrap_model(trainer.model).kd.state_dict().items()})
+        raise Interrupt
+
+    with pytest.raises(Interrupt, match=r"^$"):
+        resume(interrupted, before_batch=stop)
+    assert differing(first[0], right["state"]) == []
+
+
+def test_adapters_written_for_an_epoch_that_was_not_finished_are_left_aside(interrupted: Path) -> None:
+    weights = interrupted / "weights"
+    right = torch.load(weights / "kd_last.pt", weights_only=True)
+    torch.save(
+        {"epoch": 2, "state": {name: value * 0 for name, value in right["state"].items()}}, weights / "kd_last.pt.next"
+    )
+    first: list[dict[str, Tensor]] = []
+
+    def stop(trainer: DistillTrainer, _: dict[str, Any]) -> None:
+        first.append({name: value.clone() for name, value in unwrap_model(trainer.model).kd.state_dict().items()})
+        raise Interrupt
+
+    with pytest.raises(Interrupt, match=r"^$"):
+        resume(interrupted, before_batch=stop)
+    assert differing(first[0], right["state"]) == []
+
+
+def test_the_sidecar_is_on_disk_before_the_checkpoint(few_cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    seen: list[tuple[bool, bool]] = []
+    stock = DistillTrainer.__mro__[1].save_model
+
+    def look(self: DistillTrainer) -> Any:
+        saved = stock(self)
+        seen.append(((self.wdir / "kd_last.pt.next").exists(), self.last.exists()))
+        return saved
+
+    monkeypatch.setattr(DistillTrainer.__mro__[1], "save_model", look)
+    run = train_student(few_cache, tmp_path, "cwd", epochs=1)
+    assert seen == [(True, True)]
+    assert not (run.trainer.wdir / "kd_last.pt.next").exists()
+
+
+@pytest.mark.parametrize("words", [["--loss", "mimic"], ["--loss", "cwd:weight=3", "--loss", "ld"], ["--loss", "none"]])
+def test_other_losses_are_refused_in_one_line(interrupted: Path, words: list[str]) -> None:
+    last = interrupted / "weights" / "last.pt"
+    done = CliRunner().invoke(main, ["train", f"resume={last}", *words])
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"cache-kd: {last} was trained with cwd:weight=")
+    assert "--loss says" in line and "leave --loss out" in line
+
+
+def test_the_same_losses_are_accepted(interrupted: Path) -> None:
+    with pytest.raises(Interrupt, match=r"^$"):
+        resume(interrupted, *LOSSES, before_batch=interrupt_at(2, 0))
+
+
+def test_another_cache_is_refused(interrupted: Path, few_cache: Path, tmp_path: Path) -> None:
+    record = interrupted / "cache_kd.yaml"
+    text = record.read_text()
+    identity = next(line.split()[1] for line in text.splitlines() if line.startswith("identity:"))
+    record.write_text(text.replace(identity, "f" * 64))
+    with pytest.raises(MismatchError, match=r"was trained from cache ffffffff, .* is [0-9a-f]{8}; name the first one"):
+        resume(interrupted)
+
+
+def test_a_run_that_is_not_ours_cannot_be_resumed(interrupted: Path) -> None:
+    (interrupted / "cache_kd.yaml").unlink()
+    with pytest.raises(MismatchError, match=r"cache_kd\.yaml is missing, so this is no run of cache-kd"):
+        resume(interrupted)
+
+
+def test_a_finished_run_cannot_be_resumed(few_cache: Path, tmp_path: Path) -> None:
+    run = train_student(few_cache, tmp_path, "cwd", epochs=1)
+    with pytest.raises(MismatchError, match="the run of 1 epochs is finished, there is nothing to resume"):
+        resume(run.folder)
+    assert run.trainer.last.is_file()
+
+
+def test_a_plain_run_is_resumed_as_a_plain_run(few_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupt, match=r"^$"):
+        train_student(few_cache, tmp_path, "none", epochs=3, before_batch=interrupt_at(1, 1))
+    run = resume(tmp_path / "train")
+    assert run.shown == [(epoch, view) for epoch, view in ((1, VIEWS[1]), (2, VIEWS[3])) for _ in range(BATCHES)]
+    assert not hasattr(unwrap_model(run.trainer.model), "kd")
+
+
+def test_recovery_from_nan_shows_the_same_view_again_with_the_adapters_of_the_epoch_before(
+    few_cache: Path, tmp_path: Path
+) -> None:
+    poisoned: list[int] = []
+    restored: list[bool] = []
+
+    def poison(trainer: DistillTrainer, batch: dict[str, Any]) -> None:
+        student = unwrap_model(trainer.model)
+        if trainer.epoch == 1 and len(poisoned) < BATCHES:
+            poisoned.append(1)
+            with torch.no_grad():
+                student.model[0].conv.weight.fill_(float("nan"))
+                for value in student.kd.parameters():
+                    value.fill_(7.0)
+        elif trainer.epoch == 1 and not restored:
+            held = torch.load(trainer.wdir / "kd_last.pt", weights_only=True)
+            restored.append(held["epoch"] == 0 and not differing(dict(student.kd.state_dict()), held["state"]))
+
+    run = train_student(few_cache, tmp_path, *LOSSES, epochs=3, before_batch=poison)
+    epochs = (0, 1, 1, 2)
+    assert run.shown == [(e, [VIEWS[0], VIEWS[1], VIEWS[3]][e]) for e in epochs for _ in range(BATCHES)]
+    assert restored == [True]
+    assert [row["epoch"] for row in results(run.folder)] == ["1", "2", "3"]
+
+
+def test_a_killed_process_is_resumed_from_the_command_line(few_cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cache_kd", "train"]
+    settings = [f"{key}={value}" for key, value in {**FAST, "epochs": 60, "close_mosaic": 0}.items()]
+    losses = [word for name in LOSSES for word in ("--loss", name)]
+    folder = tmp_path / "runs" / "detect" / "train"
+    sidecar = folder / "weights" / "kd_last.pt"
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--student", "yolov8n.yaml", "--cache", str(few_cache), *losses, *settings],
+            cwd=tmp_path, stdout=log, stderr=log,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not sidecar.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert sidecar.exists(), (tmp_path / "log.txt").read_text()
+    done = torch.load(folder / "weights" / "last.pt", weights_only=False)["epoch"] + 1
+    assert 1 <= done < 60
+    with pytest.raises(Interrupt, match=r"^$"):
+        resume(folder, before_batch=interrupt_at(done + 1, 0))
+    # Killed after the row and before the checkpoint, an epoch is done and noted again, as in a stock run.
+    assert list(dict.fromkeys(row["epoch"] for row in results(folder))) == [str(n + 1) for n in range(done + 1)]
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, few_cache: Path, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    done = CliRunner().invoke(main, ["train", "--student", "yolov8n.yaml"])
+    assert done.exit_code == 130
+    assert done.stderr == (
+        "cache-kd: interrupted; go on after the last whole epoch: cache-kd train resume=RUN/weights/last.pt\n"
+    )
