@@ -56,20 +56,35 @@ def small_data(source: Path, target: Path, *, train: int, val: int = 2, polygons
 
 
 def build_model(name: str, names: Sequence[str] = BCCD_NAMES, *, seed: int = 0, imgsz: int = 160) -> nn.Module:
-    """Return a model of a YAML with random weights and uneven batch-norm statistics, in train mode, with its `args`."""
+    """Return a model of a YAML with random weights that tells images apart, in train mode, with its `args`."""
     kind = SegmentationModel if "-seg" in name else DetectionModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = kind(yaml_model_load(name), nc=len(names), verbose=False)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2.0)
-                module.weight.data.uniform_(0.5, 1.5)
-                module.bias.data.normal_(0, 0.1)
+        settle_statistics(model)
     model.names = dict(enumerate(names))
     model.args = get_cfg(overrides={"imgsz": imgsz})
     return model
+
+
+def settle_statistics(model: nn.Module) -> None:
+    """Give every batch norm the statistics of coarse noise, shifted a little, and uneven weights.
+
+    With the statistics of a fresh model (mean 0, variance 1) the signal dies on its way through a deep network, and all
+    images look alike to it.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_(0, 0.1)
+        norm.momentum, norm.kept = 1.0, norm.momentum
+    with torch.no_grad():
+        model.train()(nn.functional.interpolate(torch.rand(8, 3, 12, 12), size=96, mode="bilinear"))
+    for norm in norms:
+        norm.momentum = norm.__dict__.pop("kept")
+        norm.running_mean += norm.running_var.sqrt() * torch.randn(norm.num_features) * 0.1
+        norm.running_var *= torch.empty(norm.num_features).uniform_(0.8, 1.25)
+        norm.num_batches_tracked.zero_()
 
 
 def save_model(model: nn.Module, path: Path, **train_args: Any) -> Path:
