@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Below this the teacher sees no object, and its box is noise.
@@ -18,7 +19,13 @@ def total_confidence(sure: Tensor) -> Tensor:
     return sure.sum().clamp(min=1.0)
 
 
-def box_anchors(sure: Tensor, sent: Tensor | None) -> Tensor:
-    """Return (B, A) bool: anchors whose boxes were sent (all when `sent` is None) and show an object to the teacher."""
+def box_anchors(sure: Tensor, sent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return image and anchor indices, (n,) each, of boxes worth learning.
+
+    Args:
+        sure: (B, A) confidences; the teacher must see an object.
+        sent: (B, A) bool, the box was sent; None means that all were.
+    """
     chosen = sure > MIN_BOX_SCORE
-    return chosen if sent is None else chosen & sent
+    images, anchors = torch.nonzero(chosen if sent is None else chosen & sent, as_tuple=True)
+    return images, anchors

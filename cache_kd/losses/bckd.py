@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache_kd.losses.anchors import box_anchors, confidence, total_confidence
 from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.boxes import anchor_centers, decode_boxes
+from cache_kd.losses.boxes import decode_boxes
 from cache_kd.losses.numeric import at_least_float32, comparable, sum_rows
 from cache_kd.losses.options import Allowed, at_least
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
@@ -108,15 +108,15 @@ class BCKD(DistillLoss):
         loss = bckd_cls_loss(student.scores.flatten(0, 1), scores.flatten(0, 1), beta=self.beta, normalizer=total)
         return loss + self.box_weight * self._box_term(student, targets, box_anchors(sure, targets.sent), total)
 
-    def _box_term(self, student: DetectorOutput, targets: TargetBatch, chosen: Tensor, total: Tensor) -> Tensor:
+    def _box_term(
+        self, student: DetectorOutput, targets: TargetBatch, chosen: tuple[Tensor, Tensor], total: Tensor
+    ) -> Tensor:
         logits, scores = self.required(targets.boxes, "logits"), self.required(targets.scores, "logits")
-        ours = at_least_float32(student.boxes[chosen])
-        grids = [(m.shape[2], m.shape[3]) for m in student.features]
-        centers = anchor_centers(grids, device=ours.device, dtype=ours.dtype)[chosen.nonzero()[:, 1]]
-        gap = scores[chosen].sigmoid() - at_least_float32(student.scores[chosen].detach()).sigmoid()
+        gap = scores[chosen].sigmoid() - at_least_float32(student.scores.detach()[chosen]).sigmoid()
+        # Both boxes belong to one anchor and GIoU does not see a common shift: the anchor may stand at the origin.
         return bckd_box_loss(
-            decode_boxes(ours, self.reg_max[0], centers),
-            decode_boxes(logits[chosen].to(ours.dtype), self.reg_max[1], centers),
+            decode_boxes(at_least_float32(student.boxes[chosen]), self.reg_max[0]),
+            decode_boxes(logits[chosen], self.reg_max[1]),
             weight=gap.abs().amax(-1),
             normalizer=total,
         )

@@ -23,16 +23,17 @@ def anchor_centers(
     return torch.cat(levels)
 
 
-def decode_boxes(box_logits: Tensor, reg_max: int, centers: Tensor) -> Tensor:
+def decode_boxes(box_logits: Tensor, reg_max: int, centers: Tensor | None = None) -> Tensor:
     """Return xyxy (…, 4) in grid units.
 
     Args:
         box_logits: (…, 4·R), sides l, t, r, b; a side's distance is the mean bin of its softmax, bins 0 to R − 1.
         reg_max: R; 1 means that the values are distances already (they may be negative).
-        centers: (…, 2) x, y of the anchors.
+        centers: (…, 2) x, y of the anchors; None puts every anchor at the origin.
     """
     distances = box_logits
     if reg_max > 1:
         bins = torch.arange(reg_max, device=box_logits.device, dtype=box_logits.dtype)
         distances = box_logits.view(*box_logits.shape[:-1], 4, reg_max).softmax(-1) @ bins
-    return torch.cat((centers - distances[..., :2], centers + distances[..., 2:]), -1)
+    low, high = -distances[..., :2], distances[..., 2:]
+    return torch.cat((low, high) if centers is None else (low + centers, high + centers), -1)

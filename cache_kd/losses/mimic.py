@@ -31,7 +31,7 @@ class MIMIC(DistillLoss):
     title = "the neck's maps themselves, value by value"
     paper = "FitNets: Hints for Thin Deep Nets, ICLR 2015"
     needs = frozenset({"features"})
-    default_weight = 1.0
+    default_weight = 3.0
     cost = "1x1 convolution and one squared difference a map"
 
     def __init__(self, teacher: HeadSpec, student: HeadSpec) -> None:

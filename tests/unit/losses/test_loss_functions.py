@@ -94,6 +94,15 @@ def test_types(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ALL)
+def test_extreme_values_stay_finite(case: str) -> None:
+    function, student, teacher = ALL[case]
+    student = (student.float().sign() * 1e4).requires_grad_()
+    loss = function(student, teacher.float().sign() * 1e4)
+    loss.backward()
+    assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_unequal_shapes_are_refused(case: str) -> None:
     function, student, teacher = ALL[case]
     with pytest.raises(MismatchError, match="must be of one shape"):
@@ -287,6 +296,7 @@ def test_boxes_are_decoded_from_bins_and_from_distances() -> None:
     center = torch.tensor([[10.0, 20.0]])
     distances = torch.tensor([[1.0, 2.0, 3.0, 0.5]])
     assert decode_boxes(distances, 1, center).tolist() == [[9.0, 18.0, 13.0, 20.5]]
+    assert decode_boxes(distances, 1).tolist() == [[-1.0, -2.0, 3.0, 0.5]]
     # All mass on bins 1, 2, 3; the last side half on bin 0 and half on bin 1.
     logits = torch.full((1, 4, 4), -100.0)
     for side, bins in enumerate(((1,), (2,), (3,), (0, 1))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.bckd import BCKD, bckd_box_loss, bckd_cls_loss
 from cache_kd.losses.cwd import CWD, cwd_loss
 from cache_kd.losses.kd import KD, kd_loss
@@ -197,6 +199,18 @@ def test_kd_module(make_case) -> None:
     values = zip(sigmoid(theirs).ravel(), sigmoid(ours).ravel(), strict=True)
     expected = sum(binary_divergence(p, q) for p, q in values) / total
     assert KD(case.teacher, case.student)(case.output, case.targets).item() == pytest.approx(expected, rel=RTOL)
+
+
+@pytest.mark.parametrize("method", [KD, BCKD])
+def test_nearly_empty_batches_are_divided_by_one(make_case, method: type[DistillLoss]) -> None:
+    case = make_case(dtype=torch.float64)
+    targets = replace(case.targets, scores=case.targets.scores.detach() - 15)
+    ours, theirs = case.output.scores.detach().numpy(), targets.scores.numpy()
+    if method is KD:
+        expected = sum(binary_divergence(p, q) for p, q in zip(sigmoid(theirs).flat, sigmoid(ours).flat, strict=True))
+    else:
+        expected = sum(bckd_row(ours[i], theirs[i]) for i in np.ndindex(*ours.shape[:2]))
+    assert method(case.teacher, case.student)(case.output, targets).item() == pytest.approx(expected, rel=RTOL)
 
 
 def test_bckd_module(make_case) -> None:

@@ -128,9 +128,9 @@ class Toy(DistillLoss):
     needs = frozenset({"logits"})
     default_weight = 3.0
 
-    def __init__(self, teacher: Any, student: Any, *, steps: int = 2, exact: bool = False) -> None:
+    def __init__(self, teacher: Any, student: Any, *, steps: int = 2, exact: bool = False, share: float = 1.0) -> None:
         super().__init__(teacher, student, steps=steps, exact=exact)
-        self.steps, self.exact = steps, exact
+        self.steps, self.exact, self.share = steps, exact, share
 
     def term(self, student: Any, targets: Any) -> torch.Tensor:
         return student.scores.sum() * self.steps
@@ -146,5 +146,7 @@ def test_a_method_is_added_by_one_class_and_one_line(monkeypatch: pytest.MonkeyP
     assert loss(case.output, case.targets).item() == pytest.approx(4 * case.output.scores.sum().item())
     with pytest.raises(SettingError, match=r"steps=2\.5 is not allowed; allowed: whole numbers"):
         parse_loss("toy:steps=2.5")
+    with pytest.raises(SettingError, match="share=nan is not allowed; allowed: finite numbers"):
+        parse_loss("toy:share=nan")
     with pytest.raises(SettingError, match="exact=yes is not allowed; allowed: true, false"):
         parse_loss("toy:exact=yes")
