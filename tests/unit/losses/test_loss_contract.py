@@ -235,6 +235,11 @@ def test_targets_not_read_are_asked_for(name: str, make_case: Cases) -> None:
         build(name, case)(case.output, TargetBatch())
 
 
+def test_cwd_leaves_maps_of_equal_channels_alone(make_case: Cases) -> None:
+    kinds = [type(adapter) for adapter in build("cwd", make_case()).adapters]
+    assert kinds == [nn.Conv2d, nn.Identity, nn.Conv2d]
+
+
 @pytest.mark.parametrize("reg_max", [(16, 8), (1, 16), (16, 1)])
 def test_ld_refuses_unequal_bins(reg_max: tuple[int, int], head: Heads) -> None:
     with pytest.raises(MismatchError, match=r"loss ld.*allowed: equal and at least 2"):
