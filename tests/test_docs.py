@@ -1,0 +1,39 @@
+"""README shows the help that the program prints, and the set-up commands are single lines that stand by themselves."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from scripts.update_docs import README, help_text, marked, updated
+
+TEXT = README.read_text(encoding="utf-8")
+STALE = "before\n\n<!-- help:train -->\n```\nstale\n```\n\nafter\n\n<!-- help: -->\n\n```text\n```\n"
+
+
+def test_readme_help_is_current() -> None:
+    assert len(marked(TEXT)) == TEXT.count("<!-- help:"), "a help comment must stand right before a fenced block"
+    for command, body in marked(TEXT):
+        assert body == help_text(command), f"{command}: run `python scripts/update_docs.py`"
+
+
+def test_update_rewrites_marked_blocks_only() -> None:
+    fresh = updated(STALE)
+    assert marked(fresh) == [("train", help_text("train")), ("", help_text(""))]
+    assert help_text("train").startswith("Usage: cache-kd train ")
+    assert "stale" not in fresh
+    assert fresh.startswith("before\n\n<!-- help:train -->\n```\nUsage")
+    assert updated(fresh) == fresh
+
+
+def test_unknown_command_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"help of 'trian', known: .*train"):
+        help_text("trian")
+
+
+@pytest.mark.parametrize("ending", ["cache-kd demo", "python -m pytest"])
+def test_set_up_is_one_fenced_line(ending: str) -> None:
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.M | re.S)).splitlines()
+    found = [line for line in fenced if line.startswith("python -m venv .venv && ") and line.endswith(ending)]
+    assert len(found) == 1
