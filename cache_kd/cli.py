@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -18,11 +18,26 @@ PATH = click.Path(path_type=Path)
 
 
 class Group(click.Group):
-    """Prints an error of ours as one line and leaves with exit code 1; `--debug` shows where it came from."""
+    """Prints an error as one line: ours with exit code 1, bad usage with 2; `--debug` shows where ours came from."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            self._refuse_usage(ctx, error)
+
+    def _refuse_usage(self, ctx: click.Context, error: click.UsageError) -> NoReturn:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            raise error
+        command = (error.ctx or ctx).command_path
+        click.echo(f"cache-kd: {' '.join(error.format_message().split())} See {command} --help", err=True)
+        ctx.exit(2)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            self._refuse_usage(ctx, error)
         except CacheKDError as error:
             if ctx.params.get("debug"):
                 raise

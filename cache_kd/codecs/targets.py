@@ -81,11 +81,11 @@ class ViewCodec:
                 found["hold_stats"] = (self.fidelity.hold_stats.column(self.head.hold_channels),)
         return found
 
-    def columns_for(self, needs: Collection[str]) -> tuple[str, ...]:
+    def columns_for(self, needs: Collection[str], *, needed_by: str = "what reads them") -> tuple[str, ...]:
         """Return the names of the columns to read, in the cache's order.
 
         Args:
-            needs: of "features", "score_map", "logits" and "hold_stats".
+            needs: of "features", "score_map", "logits" and "hold_stats". needed_by: the reader's name in an error.
 
         Raises:
             MismatchError: the cache was extracted without what is needed.
@@ -98,11 +98,11 @@ class ViewCodec:
                 continue
             if STORE_OF_NEED[need] in self.store:
                 raise MismatchError(
-                    "the losses need hold_stats and the teacher's head has no hold features; "
+                    f"{needed_by} needs hold_stats and the teacher's head has no hold features; "
                     "choose other losses: cache-kd losses"
                 )
             raise MismatchError(
-                f"the losses need {need} and the cache was extracted with --store {','.join(self.store)}; "
+                f"{needed_by} needs {need} and the cache was extracted with --store {','.join(self.store)}; "
                 f"extract again: cache-kd extract ... --store {','.join(STORES)}"
             )
         return tuple(column.name for need, columns in found.items() if need in needs for column in columns)

@@ -19,7 +19,7 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import ViewCodec
-from cache_kd.errors import CacheKDError, DiskSpaceError, InputDataError, MismatchError, SettingError
+from cache_kd.errors import CacheKDError, DiskSpaceError, InputDataError, MismatchError, SettingError, choices
 from cache_kd.fingerprint import digest_json, digest_sources
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.versions import PIXEL_PACKAGES, cpu_threads, environment, package_versions
@@ -65,8 +65,8 @@ class ExtractSettings:
     augment: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("views", 0), ("plain_views", 0), ("batch", 1)):
-            if getattr(self, name) < low:
+        for name, low in (("views", 0), ("plain_views", 0), ("batch", 1), ("workers", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 option = "--" + name.replace("_", "-")
                 raise SettingError(f"{option} {getattr(self, name)}; allowed: {low} or more")
         if self.views + self.plain_views == 0:
@@ -302,16 +302,15 @@ def _recipe(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[Rec
     """Return the recipe and image size: what the user says, else what the checkpoint recorded, else the stock values."""
     overrides = dict(settings.augment or {})
     if unknown := sorted(set(overrides) - set(RECIPE_KEYS)):
-        raise SettingError(
-            f"{unknown[0]}={overrides[unknown[0]]!r} is not an augmentation key; allowed: {', '.join(RECIPE_KEYS)}"
-        )
+        name = unknown[0]
+        raise SettingError(f"{name}={overrides[name]!r} is not an augmentation key; {choices(name, RECIPE_KEYS)}")
     for key in ("multi_scale", "rect"):
         if recorded.get(key):
             LOG.warning("the teacher was trained with %s=%s; views have one square size", key, recorded[key])
     stock = default_settings()
     merged = {key: overrides.get(key, recorded.get(key, stock.get(key))) for key in RECIPE_KEYS}
     check_settings({key: value for key, value in merged.items() if value is not None})
-    size = settings.imgsz or recorded.get("imgsz") or stock["imgsz"]
+    size = settings.imgsz if settings.imgsz is not None else recorded.get("imgsz") or stock["imgsz"]
     if isinstance(size, list | tuple):
         size = max(size)
     if size % 32 or size < 32:
@@ -341,9 +340,10 @@ def _skipped(dataset: ViewDataset) -> list[str]:
 
 
 def _check_place(path: Path, dataset: ViewDataset) -> None:
-    inside = Path(dataset.im_files[0]).parent
-    if path.resolve().is_relative_to(inside.resolve()):
-        raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
+    for file in (dataset.im_files[0], dataset.label_files[0]):
+        inside = Path(file).parent
+        if path.resolve().is_relative_to(inside.resolve()):
+            raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
 
 
 def _workers(settings: ExtractSettings) -> int:

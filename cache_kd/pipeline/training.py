@@ -136,10 +136,12 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
     manifest, codec = cache.manifest, cache.codec
     targets = None
     if losses:
-        needs = frozenset[str]().union(*(LOSSES[spec.name].needs for spec in losses))
+        needed = {f"loss {spec.name}": LOSSES[spec.name].needs for spec in losses}
+        for name, needs in needed.items():
+            codec.columns_for(needs, needed_by=name)
         targets = TargetSource(
             reader=cache.reader,
-            columns=codec.columns_for(needs),
+            columns=codec.columns_for(frozenset[str]().union(*needed.values())),
             ragged=frozenset(column.name for column in codec.columns if column.ragged),
             verify=settings.verify_pixels,
             context=version_differences(manifest.identity["versions"]),

@@ -78,14 +78,17 @@ def gradient_shares(detection: Tensor, terms: Mapping[str, Tensor], features: Se
 
     Args:
         detection: The detection loss, scalar. terms: weighted terms, scalars, in the same scale.
-        features: The neck's outputs (B, F, H, W), with gradient.
+        features: The neck's outputs (B, F, H, W). Without gradient in all of them (a frozen neck) nothing is measured.
     """
+    measured = [level for level in features if level.requires_grad]
+    if not measured:
+        return {}
 
     def norm(loss: Tensor) -> float:
         if not loss.requires_grad:
             return 0.0
         # Half-precision gradients of single terms would underflow; the factor cancels in the ratio.
-        gradients = torch.autograd.grad(loss * 1024, list(features), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss * 1024, measured, retain_graph=True, allow_unused=True)
         return math.sqrt(sum(float(g.float().square().sum()) for g in gradients if g is not None))
 
     reference = norm(detection)

@@ -12,6 +12,7 @@ import numpy as np
 from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations, Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import img2label_paths
 from ultralytics.utils.ops import xywh2xyxy
 
 from cache_kd.errors import InputDataError, SettingError
@@ -87,8 +88,8 @@ class ViewDataset(YOLODataset):
     def sources(self) -> tuple[SourceImage, ...]:
         """Return name and content hashes of every usable image and its label, in the order of indices."""
         files = [label["im_file"] for label in self.labels]
-        by_image = dict(zip(self.im_files, self.label_files, strict=True))
-        return scan_sources(files, [by_image[file] for file in files])
+        # Not `label_files`, which still lists those of images that were skipped.
+        return scan_sources(files, img2label_paths(files))
 
     def load_image(
         self, i: int, rect_mode: bool = True, resize_short: bool = False

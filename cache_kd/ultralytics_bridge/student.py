@@ -67,7 +67,6 @@ class DistilledMixin:
 def attach_distiller(model: nn.Module, distiller: Distiller) -> nn.Module:
     """Return `model` itself with the distiller as its child `kd` and the terms in its loss."""
     base = type(model)
-    model.__class__ = type(f"Distilled{base.__name__}", (DistilledMixin, base), {"_kd_base": base})
+    model.__class__ = type(f"Distilled{base.__name__}", (DistilledMixin, base), {"_kd_base": base, "kd_seen": []})
     model.kd = distiller
-    model.kd_seen = []
     return model

@@ -107,6 +107,7 @@ class DistillTrainer(DetectionTrainer):
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         if mode != "train":
             return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        self._check_trainable()  # the first step after freezing layers
         dataset = self.build_dataset(dataset_path, mode, batch_size)
         workers = min(os.cpu_count() or 1, self.args.workers)
         return ViewLoader(
@@ -202,8 +203,10 @@ class DistillTrainer(DetectionTrainer):
         student = unwrap_model(self.model)
         self._watch_terms(flush=True)
         shares: dict[str, float] | None = getattr(student, "kd_shares", None)
-        if shares is not None:
-            self._watch.see_shares({spec.name: shares[spec.name] for spec in self.plan.losses if spec.weight})
+        if shares:
+            self._watch.see_shares(
+                {spec.name: shares[spec.name] for spec in self.plan.losses if spec.weight and spec.name in shares}
+            )
             log = self.save_dir / "kd_gradients.csv"
             head = "" if log.exists() else "epoch,term,share\n"
             rows = "".join(f"{self.epoch + 1},{name},{share:.5f}\n" for name, share in shares.items())
@@ -230,6 +233,14 @@ class DistillTrainer(DetectionTrainer):
             raise
         if RANK in {-1, 0}:
             (self.save_dir / "cache_kd.yaml").write_text(to_yaml(dict(self.plan.record)), encoding="utf-8")
+
+    def _check_trainable(self) -> None:
+        """Refuse a student that is frozen whole, which Ultralytics overlooks while adapters can be trained."""
+        named = unwrap_model(self.model).named_parameters()
+        if not any(parameter.requires_grad for name, parameter in named if not name.startswith("kd.")):
+            raise SettingError(
+                f"freeze={self.args.freeze!r} leaves nothing of the student to train; freeze fewer layers"
+            )
 
     def _discard(self) -> None:
         """Remove the run's folder, and those made for it, when the run is refused before its first epoch."""
