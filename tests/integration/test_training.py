@@ -146,6 +146,13 @@ def test_a_modified_model_learns_wherever_its_head_stands(few_cache: Path, tmp_p
     assert [value.shape[1] for value in adapters.values() if value.ndim == 4] == [64, 128, 160]
 
 
+def test_a_student_with_a_frozen_neck_learns_with_its_head(few_cache: Path, tmp_path: Path) -> None:
+    run = train_student(few_cache, tmp_path, "cwd", "ld", epochs=1, freeze=22)
+    (row,) = results(run.folder)
+    assert float(row["train/ld_loss"]) > 0
+    assert not (run.folder / "kd_gradients.csv").exists()
+
+
 def test_a_student_may_start_from_a_checkpoint(plain: Run, few_cache: Path, tmp_path: Path) -> None:
     first: list[Tensor] = []
 

@@ -81,3 +81,10 @@ def test_measuring_shares_leaves_the_gradient_for_the_step() -> None:
     assert level.grad is None
     loss.backward()
     assert level.grad is not None and level.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_frozen_neck_has_no_shares() -> None:
+    frozen, trained = torch.ones(3), torch.ones(3, requires_grad=True)
+    loss = (frozen * 2).sum() + trained.sum()
+    assert gradient_shares(loss, {"term": trained.sum()}, [frozen]) == {}
+    assert gradient_shares(loss, {"term": trained.sum()}, [frozen, trained]) == pytest.approx({"term": 0.5})
