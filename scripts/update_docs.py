@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import click
+from click.testing import CliRunner
 
 from cache_kd.cli import main
 
@@ -24,15 +24,11 @@ def help_text(command: str) -> str:
     Raises:
         ValueError: There is no such command.
     """
-    target: click.Command = main
-    context = click.Context(main, info_name="cache-kd", terminal_width=WIDTH, max_content_width=WIDTH)
-    for word in command.split():
-        found = target.get_command(context, word) if isinstance(target, click.Group) else None
-        if found is None:
-            raise ValueError(f"README marks the help of {command!r}, known: {', '.join(sorted(main.commands))}")
-        target = found
-        context = click.Context(target, info_name=word, parent=context, terminal_width=WIDTH, max_content_width=WIDTH)
-    return target.get_help(context).rstrip() + "\n"
+    words = [*command.split(), "--help"]
+    result = CliRunner().invoke(main, words, prog_name="cache-kd", terminal_width=WIDTH, max_content_width=WIDTH)
+    if result.exit_code:
+        raise ValueError(f"README marks the help of {command!r}, known: {', '.join(sorted(main.commands))}")
+    return result.output.rstrip() + "\n"
 
 
 def marked(text: str) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -102,22 +102,26 @@ def _forbids_skips() -> bool:
     return bool(os.environ.get(STRICT_VARIABLE)) and (data_folder() / "data").exists()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Turn a skip into a failure where CACHE_KD_FORBID_SKIPS is set and the data is there."""
-    report = yield
-    excused = hasattr(report, "wasxfail") or any(item.get_closest_marker(mark) for mark in MAY_BE_SKIPPED)
-    if report.skipped and not excused and _forbids_skips():
+    if report.skipped and _forbids_skips():
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
-        report.longrepr = f"skipped, though {STRICT_VARIABLE} is set and the test data is there: {report.longrepr[2]}"
+        report.longrepr = f"skipped, though {STRICT_VARIABLE} is set and the test data is there: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hold every test but those that need a GPU or the internet to the rule on skips."""
+    report = yield
+    if not hasattr(report, "wasxfail") and not any(item.get_closest_marker(mark) for mark in MAY_BE_SKIPPED):
+        _fail_if_skipped(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Iterator[None]:
-    """The same for a module that is skipped as a whole."""
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Hold whole modules to the same rule."""
     report = yield
-    if report.skipped and _forbids_skips():
-        report.outcome = "failed"
-        report.longrepr = f"skipped, though {STRICT_VARIABLE} is set and the test data is there: {report.longrepr[2]}"
+    _fail_if_skipped(report)
     return report

@@ -22,6 +22,7 @@ def test_update_rewrites_marked_blocks_only() -> None:
     fresh = updated(STALE)
     assert marked(fresh) == [("train", help_text("train")), ("", help_text(""))]
     assert help_text("train").startswith("Usage: cache-kd train ")
+    assert "-h, --help" in help_text("train")
     assert "stale" not in fresh
     assert fresh.startswith("before\n\n<!-- help:train -->\n```\nUsage")
     assert updated(fresh) == fresh
