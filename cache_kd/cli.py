@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -61,6 +62,9 @@ def main(debug: bool) -> None:
     cache-kd extract --teacher best.pt
     cache-kd train --student yolov8n.yaml
     """
+    # Read when torch loads its OpenMP: idle threads sleep instead of spinning. With both cores of a machine busy
+    # elsewhere, a training step of YOLOv8n took 0.23 CPU seconds so and 0.95 spinning.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""In: what went wrong, where, and the values allowed. Out: one-line exceptions that the command line prints as they are."""
+"""In: what went wrong, where, and the values allowed. Out: one-line exceptions that the command line prints."""
 
 from __future__ import annotations
 

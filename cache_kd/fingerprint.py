@@ -85,7 +85,7 @@ def compare_sources(recorded: Iterable[SourceImage], found: Iterable[SourceImage
             raise MismatchError(
                 f"the {what} of item {index} ({new.path}) is not the one that the teacher saw ({old.path}: content "
                 f"{(old.image if what == 'image' else old.label) or 'absent'}, now "
-                f"{(new.image if what == 'image' else new.label) or 'absent'}); restore it or run cache-kd extract again"
+                f"{(new.image if what == 'image' else new.label) or 'absent'}); restore it or run cache-kd extract"
             )
     if len(before) != len(after):
         extra = {row.path for row in after} ^ {row.path for row in before}

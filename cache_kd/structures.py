@@ -157,7 +157,7 @@ class TargetBatch:
 
     Attributes:
         features: (B, F, H, W) a level.
-        scores: (B, A, C) class logits. boxes: (B, A, 4·R), DFL logits minus their largest per side (distances if R is 1).
+        scores: (B, A, C) class logits. boxes: (B, A, 4·R), DFL logits minus their largest per side (R = 1: distances).
         sent: (B, A) bool; elsewhere scores hold the mean logit of what was left out and boxes are uniform.
         score_map: (B, A) largest class probability.
         hold_mean, hold_m2: (B, hold_channels).

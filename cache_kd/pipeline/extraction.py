@@ -299,7 +299,7 @@ def _data_file(settings: ExtractSettings, recorded: Mapping[str, Any]) -> Path:
 
 
 def _recipe(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[Recipe, int]:
-    """Return the recipe and image size: what the user says, else what the checkpoint recorded, else the stock values."""
+    """Return recipe and image size: what the user says, else what the checkpoint recorded, else the stock values."""
     overrides = dict(settings.augment or {})
     if unknown := sorted(set(overrides) - set(RECIPE_KEYS)):
         name = unknown[0]

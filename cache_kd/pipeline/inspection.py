@@ -60,5 +60,6 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"  levels    {levels}; reg_max {head['reg_max']}",
         f"  data      {teacher['data']}",
         f"  made on   {environment['device']} ({environment['accelerator']}), {environment['precision']}, batch "
-        f"{environment['batch']}, {environment['threads']} threads, ultralytics {environment['versions']['ultralytics']}",
+        f"{environment['batch']}, {environment['threads']} threads, "
+        f"ultralytics {environment['versions']['ultralytics']}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations, Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import img2label_paths
+from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import xywh2xyxy
 
 from cache_kd.errors import InputDataError, SettingError
@@ -77,8 +79,13 @@ class ViewDataset(YOLODataset):
 
     def cache_labels(self, path: Path = Path("labels.cache")) -> dict[str, Any]:
         """Scan images and labels, write the pickle cache to a throw-away folder, and remember what was skipped."""
-        with tempfile.TemporaryDirectory() as folder:
-            result: dict[str, Any] = super().cache_labels(Path(folder) / path.name)
+        level = LOGGER.level
+        LOGGER.setLevel(logging.ERROR)  # it would announce the throw-away file; what was skipped is said by `faults`
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                result: dict[str, Any] = super().cache_labels(Path(folder) / path.name)
+        finally:
+            LOGGER.setLevel(level)
         self.faults = [message for message in result["msgs"] if "ignoring corrupt" in message]
         return result
 

@@ -40,14 +40,14 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def one2many(outputs: Any) -> dict[str, Any]:
-    """Return {"boxes", "scores", "feats"} of the one-to-many branch from what a model in train or eval mode returned."""
+    """Return {"boxes", "scores", "feats"} of the one-to-many branch of what a model returned, in either mode."""
     raw = outputs[1] if isinstance(outputs, tuple) else outputs
     branch: dict[str, Any] = raw.get("one2many", raw)
     return branch
 
 
 def detector_output(outputs: Any) -> DetectorOutput:
-    """Return a model's raw outputs, anchors before channels; in train mode only this branch's features carry gradient."""
+    """Return a model's raw outputs, anchors before channels, of the branch whose features carry gradient."""
     raw = one2many(outputs)
     return DetectorOutput(
         features=tuple(raw["feats"]),
@@ -57,7 +57,7 @@ def detector_output(outputs: Any) -> DetectorOutput:
 
 
 def score_map(outputs: Any) -> Tensor:
-    """Return (B, A): the largest class probability of the mean logits of both branches, as Ultralytics' own loss has it."""
+    """Return (B, A): the largest class probability of both branches' mean logits, as in Ultralytics' own loss."""
     raw = outputs[1] if isinstance(outputs, tuple) else outputs
     logits: Tensor = (raw["one2many"]["scores"] + raw["one2one"]["scores"]) / 2 if "one2one" in raw else raw["scores"]
     return logits.float().sigmoid().amax(dim=1)
@@ -122,7 +122,7 @@ class HoldStatistics:
         return hook
 
     def collect(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return (mean, m2), each (B, hold_channels) float32 on the CPU: the head's inputs first, then `hold_layers`."""
+        """Return (mean, m2), each (B, hold_channels) float32, CPU: the head's inputs first, then `hold_layers`."""
         found = [moments(level) for level in features] + [self._found.pop(position) for position in range(self._count)]
         mean, m2 = (torch.cat(parts, dim=1).float().cpu() for parts in zip(*found, strict=True))
         return mean, m2

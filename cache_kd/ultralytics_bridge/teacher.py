@@ -142,7 +142,7 @@ class Teacher:
         ]
 
     def in_box(self, boxes: np.ndarray) -> np.ndarray:
-        """Return (A,) bool: which anchors the task-aligned assigner may ever give to one of `boxes` (n, 4) xyxy pixels."""
+        """Return (A,) bool: which anchors the assigner may ever give to one of `boxes` (n, 4), xyxy in pixels."""
         if not len(boxes):
             return np.zeros(self.head.num_anchors(self.imgsz), dtype=bool)
         truth = torch.from_numpy(boxes).unsqueeze(0)

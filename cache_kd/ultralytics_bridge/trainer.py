@@ -1,4 +1,4 @@
-"""In: Ultralytics settings and a plan of distillation. Out: the stock trainer's run, its loss enlarged by stored targets."""
+"""In: Ultralytics settings and a plan of distillation. Out: the stock trainer's run with stored targets in its loss."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class DistillTrainer(DetectionTrainer):
         return optimizer
 
     def optimizer_step(self) -> None:
-        """Step as the stock trainer does, but clip student and adapters apart: jointly, adapters would shrink the student."""
+        """Step as the stock trainer does, but clip student and adapters apart: jointly, adapters shrink the student."""
         self.scaler.unscale_(self.optimizer)
         named = list(unwrap_model(self.model).named_parameters())
         for adapters in (False, True):

@@ -1,4 +1,4 @@
-"""In: views and a cache reader. Out: training items that carry their targets, and the proof that they belong together."""
+"""In: views and a cache reader. Out: training items that carry their targets, proven to belong together."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ class TrainingDataset(ViewDataset):
         if stored == found:
             return None
         return (
-            f"view {view.name} of item {index} ({self.labels[index]['im_file']}) has other pixels than the teacher saw: "
+            f"view {view.name} of item {index} ({self.labels[index]['im_file']}) has other pixels than the teacher saw, "
             f"hash {found.hex()}, stored {stored.hex()}; {self.targets.context}; "
             "check all of them: cache-kd verify CACHE --pixels"
         )
 
     @property
-    def collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:  # type: ignore[override]  # needs the columns
+    def collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """The stock collation plus the columns of the targets."""
         return Collate(self.targets.ragged if self.targets else frozenset())
 

@@ -1,4 +1,4 @@
-"""In: seed, view, image index. Out: one 64-bit seed an item, and a scope in which every random stream starts from it."""
+"""In: seed, view, image index. Out: a 64-bit seed an item, and a scope in which every random stream starts from it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """In: a teacher and its data set. Out: seconds of an extraction over those of the bare forward with the same loading.
 
-Shard by shard in turn: `bare` makes the views and runs the stock model over them; `extract` is the whole product: views,
+Shard by shard in turn: `bare` makes the views and runs the stock model over them; `extract` is all of it: views,
 forward, statistics, codec, hashes, compression, sha256, fsync, records.
 
 python scripts/bench/extraction.py --teacher best.pt --data bccd.yaml

@@ -19,6 +19,9 @@ from typing import Any
 import click
 import record
 import torch
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG
+from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.extraction import ExtractSettings, extract
@@ -27,9 +30,6 @@ from cache_kd.pipeline.training import TrainSettings, distill_plan
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.ultralytics_bridge.student import TARGETS
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
-from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import DEFAULT_CFG
-from ultralytics.utils.torch_utils import unwrap_model
 
 ARMS = {"cached sl2": ["sl2"], "cached ld+bckd": ["ld", "bckd"], "cached cwd+ld": ["cwd", "ld"]}
 

@@ -1,0 +1,1 @@
+"""In: nothing but a seed. Out: the embedded data set and the schedule that `cache-kd demo` trains on."""
