@@ -34,5 +34,5 @@ def newest_cache() -> tuple[Path, int]:
     if found:
         raise MissingFileError(f"no complete cache in {caches_folder()}; {found[0].path}: {found[0].problem}")
     raise MissingFileError(
-        f"no cache in {caches_folder().resolve()}; make one: cache-kd extract --teacher best.pt, or name it: --cache DIR"
+        f"no cache in {caches_folder().resolve()}; make one: cache-kd extract --teacher best.pt, or name one: --cache"
     )

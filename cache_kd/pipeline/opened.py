@@ -79,9 +79,12 @@ class Cache:
         """Return the network's input of one view: (3, H, W) uint8 RGB, made from the source images.
 
         Raises:
+            SettingError: No such view or image.
             MissingFileError, MismatchError: The data set is not found, or is not the one that the teacher saw.
         """
-        return self.dataset.sample(View("plain" if plain else "mixed", view), index).pixels
+        chosen = View("plain" if plain else "mixed", view)
+        self.reader.read(chosen, index, ("pixel_hash",))  # refuses a view or index that the cache does not hold
+        return self.dataset.sample(chosen, index).pixels
 
     @cached_property
     def dataset(self) -> ViewDataset:

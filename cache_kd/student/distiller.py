@@ -35,7 +35,7 @@ def match_classes(
         return None
     raise MismatchError(
         f"the teacher does not know the classes {', '.join(missing[:5])}, which {' and '.join(needed_by)} would need; "
-        f"it knows {', '.join(list(teacher)[:5])}{', …' if len(teacher) > 5 else ''}; use a loss on features: --loss cwd"
+        f"it knows {', '.join(list(teacher)[:5])}{', …' if len(teacher) > 5 else ''}; use one on features: --loss cwd"
     )
 
 

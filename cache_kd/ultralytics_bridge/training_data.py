@@ -69,8 +69,9 @@ class TrainingDataset(ViewDataset):
         found = pixel_hash(pixels)
         if stored == found:
             return None
+        image = self.labels[index]["im_file"]
         return (
-            f"view {view.name} of item {index} ({self.labels[index]['im_file']}) has other pixels than the teacher saw, "
+            f"view {view.name} of item {index} ({image}) has other pixels than the teacher saw: "
             f"hash {found.hex()}, stored {stored.hex()}; {self.targets.context}; "
             "check all of them: cache-kd verify CACHE --pixels"
         )
