@@ -20,8 +20,8 @@ SMALL = (
     Column("pixel_hash", "u1", (8,), whole=True),
 )
 NUM_IMAGES = 7
-# Sync, rename and folder calls of a writer of two views of two shards each; fewer would mean that the hooks miss some.
-COUNT_OF_KILLS = 100
+# Sync, rename and folder calls of a writer of two shards; fewer would mean that the hooks miss some.
+COUNT_OF_KILLS = 60
 IDENTITY: dict[str, Any] = {"teacher": {"sha256": "aa", "dtype": "fp32"}, "seed": 3}
 DATA = {"images": [{"path": f"{i}.jpg"} for i in range(NUM_IMAGES)]}
 ENVIRONMENT = {"host": "here"}
