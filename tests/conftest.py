@@ -27,6 +27,7 @@ def _prepare_environment() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.update(YOLO_CONFIG_DIR=config_dir, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", MPLBACKEND="Agg")
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a shared machine several times slower
 
 
 def _remove_own(folder: Path, owner: int) -> None:
