@@ -152,6 +152,7 @@ def test_what_a_caller_does_to_an_item_stays_with_the_caller(
         sample = dataset[key]
         sample.pixels[:] = 0
         sample.boxes[:] = 0
+        dataset.load_image(key[1])[0][:] = 0  # colour augmentation writes into what it is given
         assert digest(dataset[key]) == reference[key]
 
 
