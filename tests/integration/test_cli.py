@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import cache_kd
 from cache_kd.cli import main
@@ -114,14 +115,17 @@ def test_losses_prints_one_json_document(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == list(LOSSES)
 
 
-def test_losses_prints_a_table(tmp_path: Path) -> None:
-    text = command("losses", cwd=tmp_path).stdout
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("inspect", "views     2 mixed, 1 plain, of 12 images at 64 px"), ("verify", "everything is whole")],
+)
+def test_commands_say_their_result_in_words(few_cache: Path, name: str, says: str) -> None:
+    assert says in CliRunner().invoke(main, [name, str(few_cache)]).stdout
+
+
+def test_losses_prints_a_table() -> None:
+    text = CliRunner().invoke(main, ["losses"]).stdout
     assert all(name in text for name in LOSSES)
-
-
-def test_commands_say_their_result_in_words(few_cache: Path, tmp_path: Path) -> None:
-    assert "views     2 mixed, 1 plain, of 12 images at 64 px" in command("inspect", few_cache, cwd=tmp_path).stdout
-    assert "everything is whole" in command("verify", few_cache, cwd=tmp_path).stdout
 
 
 # -- the Python interface ---------------------------------------------------------------------------------------------
