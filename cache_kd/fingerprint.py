@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def canonical_json(content: Any) -> bytes:
+    """Return JSON with sorted keys and one spelling: equal content gives equal bytes. NaN is refused."""
+    return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def digest_json(content: Any) -> str:
-    """Return sha256 over canonical JSON: sorted keys, no blanks."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return sha256 over `canonical_json`."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def digest_file(path: Path) -> str:

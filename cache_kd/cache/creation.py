@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from cache_kd.cache.files import TEMPORARY, canonical_json, make_folder, read_inside, sha256, sweep, write_atomic
+from cache_kd.cache.files import TEMPORARY, make_folder, read_inside, sha256, sweep, write_atomic
 from cache_kd.cache.layout import DTYPES, FORMAT, check_array_name, group_metadata, teacher_metadata, teacher_path
 from cache_kd.cache.manifest import MAX_JSON_BYTES, ROOT, TeacherArray, columns_to_json, read_root
 from cache_kd.cache.shard import with_checksum
 from cache_kd.errors import MismatchError, SettingError
+from cache_kd.fingerprint import canonical_json
 from cache_kd.structures import Column
 
 DATA = "data.json"

@@ -20,11 +20,6 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
 
 
-def canonical_json(data: Any) -> bytes:
-    """Return `data` as JSON with sorted keys and one spelling; equal data give equal bytes. NaN is refused."""
-    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
 def parse_json(data: bytes, where: Path) -> Any:
     """Return the document in `data`; raises `DamagedCacheError` naming `where` if it is not plain JSON."""
     try:

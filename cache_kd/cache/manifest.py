@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_kd.cache.files import canonical_json, parse_json, read_inside, sha256
+from cache_kd.cache.files import parse_json, read_inside, sha256
 from cache_kd.cache.layout import (
     DTYPES,
     FORMAT,
@@ -20,6 +20,7 @@ from cache_kd.cache.layout import (
     stored_columns,
 )
 from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError, SettingError
+from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
 
 NAME = "manifest.json"
@@ -187,7 +188,7 @@ def _faults(data: Any) -> list[str]:
 def _cross_faults(data: dict[str, Any]) -> list[str]:
     """Return what does not fit together in a manifest whose parts are each well formed."""
     faults: list[str] = []
-    if data["identity_digest"] != sha256(canonical_json(data["identity"])):
+    if data["identity_digest"] != digest_json(data["identity"]):
         faults.append("identity_digest is not that of identity")
     if set(data["shards"]) != set(data["views"]):
         faults.append("shards and views name different views")

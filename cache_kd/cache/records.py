@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cache_kd.cache.files import canonical_json
 from cache_kd.cache.layout import FORMAT, ArrayLayout
 from cache_kd.errors import DamagedCacheError
+from cache_kd.fingerprint import canonical_json
 from cache_kd.structures import View
 
 _KEYS = {"path": str, "bytes": int, "sha256": str, "tail": str}

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from cache_kd.cache import creation
 from cache_kd.cache.files import (
-    canonical_json,
     clear_errors,
     create_only,
     make_folder,
@@ -36,6 +35,7 @@ from cache_kd.cache.manifest import (
 from cache_kd.cache.records import FileEntry, UnitRecord, parse_record, record_path, shards_json, shards_path
 from cache_kd.cache.shard import encode_shard, tail_checksum
 from cache_kd.errors import CacheKDError, DamagedCacheError, InputDataError, SettingError
+from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
 
 LOCK = ".lock"
@@ -321,7 +321,7 @@ class CacheWriter:
             "head": head.to_json() if isinstance(head, HeadSpec) else head,
             "format": FORMAT,
             "identity": self._start.identity,
-            "identity_digest": sha256(canonical_json(self._start.identity)),
+            "identity_digest": digest_json(self._start.identity),
             "arrays": {
                 name: {"dtype": array.dtype, "shape": list(array.shape), "sha256": array.sha256}
                 for name, array in self._arrays.items()
@@ -330,7 +330,7 @@ class CacheWriter:
             "num_images": self._start.num_images,
             "shard_size": self.shard_size,
             "views": [view.name for view in views],
-            "data_sha256": sha256(canonical_json(self._start.data)),
+            "data_sha256": digest_json(self._start.data),
             "shards": shards,
             "digest": content_digest(self._start.identity, files),
         }

@@ -11,8 +11,9 @@ import pytest
 from cache_cases import ENVIRONMENT, GIVEN, IDENTITY, MIXED, SMALL, open_writer, rows_of, write_views
 
 from cache_kd.cache import CacheReader, Manifest, find_caches, read_manifest, verify_cache
-from cache_kd.cache.files import canonical_json, sha256
+from cache_kd.cache.files import sha256
 from cache_kd.errors import DamagedCacheError, SettingError
+from cache_kd.fingerprint import canonical_json
 from cache_kd.structures import View
 
 

@@ -17,10 +17,11 @@ import pytest
 from cache_cases import MIXED, NUM_IMAGES, PLAIN, SMALL, rows_of, write_views
 
 from cache_kd.cache import CacheReader, layout, reader, verify_cache
-from cache_kd.cache.files import canonical_json, sha256
+from cache_kd.cache.files import sha256
 from cache_kd.cache.layout import ArrayLayout
 from cache_kd.cache.shard import decode_chunk, encode_shard, read_index, with_checksum
 from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError, SettingError
+from cache_kd.fingerprint import canonical_json
 from cache_kd.structures import Column, View
 
 NAMES = [column.name for column in SMALL]
