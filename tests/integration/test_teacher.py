@@ -20,7 +20,7 @@ from cache_kd.errors import InputDataError, SettingError
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.structures import TargetBatch, View, ViewSample
-from cache_kd.ultralytics_bridge.heads import detect_head, head_recipe, one2many, rebuild_head
+from cache_kd.ultralytics_bridge.heads import detect_head, head_recipe, rebuild_head
 from cache_kd.ultralytics_bridge.teacher import Checkpoint, Teacher, load_teacher
 
 IMAGES, IMGSZ, BATCH = 6, 128, 3
@@ -63,6 +63,12 @@ def forward(model: nn.Module, images: Tensor) -> Any:
     batches = images.contiguous(memory_format=torch.channels_last).split(BATCH)
     with torch.inference_mode(), extraction_threads():
         return joined([model(batch) for batch in batches])
+
+
+def many(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the outputs of the one-to-many branch, the only one that most heads have."""
+    branch: dict[str, Any] = raw.get("one2many", raw)
+    return branch
 
 
 def joined(parts: list[Any]) -> Any:
@@ -126,7 +132,7 @@ def test_the_stored_head_gives_the_live_logits(case: Case, monkeypatch: pytest.M
     assert head_recipe(detect_head(case.model, "teacher")) == case.cache.manifest.teacher["head"]
     head = stored_head(case.cache)
     live = case.raw[1]
-    said = through(head, one2many(case.raw)["feats"])
+    said = through(head, many(case.raw[1])["feats"])
     branches = ("one2many", "one2one") if "one2one" in live else (None,)
     for branch in branches:
         ours, theirs = (said[branch], live[branch]) if branch else (said, live)
@@ -138,7 +144,7 @@ def test_the_stored_head_gives_the_live_logits(case: Case, monkeypatch: pytest.M
 def test_the_stored_head_on_stored_features_gives_the_stored_logits(case: Case) -> None:
     decoded = case.decoded()
     assert decoded.features is not None and decoded.scores is not None
-    said = one2many(through(stored_head(case.cache), decoded.features))
+    said = many(through(stored_head(case.cache), decoded.features))
     assert close(said["scores"].transpose(1, 2), decoded.scores, 5e-3)
 
 
@@ -158,7 +164,7 @@ def test_what_the_cache_says_of_the_head(cases: dict[str, Case]) -> None:
 
 
 def test_features_and_logits_are_those_of_the_one_to_many_branch(case: Case) -> None:
-    decoded, live = case.decoded(), one2many(case.raw)
+    decoded, live = case.decoded(), many(case.raw[1])
     assert decoded.features is not None and decoded.scores is not None and decoded.boxes is not None
     for stored, true in zip(decoded.features, live["feats"], strict=True):
         assert close(stored, true, 2.0**-10)
@@ -184,7 +190,7 @@ def hold_features(case: Case) -> list[Tensor]:
     A branch is walked by hand: convolution and normalisation give the hold feature, the activation is what follows.
     """
     head = detect_head(case.model, "teacher")
-    inputs = [level.clone() for level in one2many(case.raw)["feats"]]
+    inputs = [level.clone() for level in many(case.raw[1])["feats"]]
     found = list(inputs)
     with torch.inference_mode(), extraction_threads():
         for level, box_branch, class_branch in zip(inputs, head.cv2, head.cv3, strict=True):
@@ -261,8 +267,8 @@ def test_in_box_is_the_union_of_the_assigners_candidates(case: Case, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(TaskAlignedAssigner, "select_candidates_in_gts", spy)
         criterion(
-            {key: value.clone() for key, value in one2many(case.raw).items() if key != "feats"}
-            | {"feats": [level.clone() for level in one2many(case.raw)["feats"]]},
+            {key: value.clone() for key, value in many(case.raw[1]).items() if key != "feats"}
+            | {"feats": [level.clone() for level in many(case.raw[1])["feats"]]},
             batch,
         )
     (candidates,) = seen  # (B, boxes, A), padded with empty boxes
@@ -321,7 +327,7 @@ def test_half_precision_is_close_to_single(test_data: Path, cases: dict[str, Cas
     teacher = Teacher(checkpoint, imgsz=IMGSZ, device="cpu", precision="fp16", store=STORE)
     assert next(teacher.model.parameters()).dtype is torch.float16
     (said,) = teacher(case.views[:1], batch=1)
-    live = one2many(case.raw)
+    live = many(case.raw[1])
     for half, single in zip(said.features, live["feats"], strict=True):
         assert half.dtype == np.float32
         relative = np.linalg.norm(half - single[0].numpy()) / np.linalg.norm(single[0].numpy())
