@@ -21,10 +21,10 @@ class Schedule:
     teacher: str = "yolov8n.yaml"
     student: str = "yolov8n.yaml"
     imgsz: int = 96
-    images: int = 192
-    val_images: int = 96
-    teacher_epochs: int = 30
-    student_epochs: int = 12
+    images: int = 160
+    val_images: int = 80
+    teacher_epochs: int = 26
+    student_epochs: int = 11
     close_mosaic: int = 2
     views: int = 4
     plain_views: int = 1
