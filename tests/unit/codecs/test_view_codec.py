@@ -441,7 +441,7 @@ def test_columns_for_names_what_to_read() -> None:
 def test_columns_for_says_what_the_cache_lacks() -> None:
     only = {store: ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, (store,)) for store in BOTH}
     command = "cache-kd extract ... --store features,logits"
-    with pytest.raises(MismatchError, match=rf"need logits and .* with --store features; extract again: {command}"):
+    with pytest.raises(MismatchError, match=rf"needs logits and .* with --store features; extract again: {command}"):
         only["features"].columns_for(["features", "logits"])
     with pytest.raises(MismatchError, match=rf"need score_map and .* with --store logits; extract again: {command}"):
         only["logits"].columns_for(["score_map"])
