@@ -443,9 +443,9 @@ def test_columns_for_says_what_the_cache_lacks() -> None:
     command = "cache-kd extract ... --store features,logits"
     with pytest.raises(MismatchError, match=rf"needs logits and .* with --store features; extract again: {command}"):
         only["features"].columns_for(["features", "logits"])
-    with pytest.raises(MismatchError, match=rf"need score_map and .* with --store logits; extract again: {command}"):
+    with pytest.raises(MismatchError, match=rf"needs score_map and .* with --store logits; extract again: {command}"):
         only["logits"].columns_for(["score_map"])
-    with pytest.raises(MismatchError, match=r"need hold_stats and the teacher's head has no hold features"):
+    with pytest.raises(MismatchError, match=r"needs hold_stats and the teacher's head has no hold features"):
         ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH).columns_for(["hold_stats"])
     with pytest.raises(MismatchError, match=r"no target is called 'logit'; known: .*did you mean 'logits'"):
         only["logits"].columns_for(["logit"])
