@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -480,28 +478,3 @@ def test_bad_usage_is_one_line_and_code_2(refused: Refused, words: list[str], sa
 def test_debug_shows_where_an_error_came_from() -> None:
     done = run("--debug", "extract", "--teacher", "gone.pt", *SMALL)
     assert type(done.exception).__name__ == "MissingFileError"
-
-
-# -- in a process of its own ------------------------------------------------------------------------------------------
-
-
-def in_a_process(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cache_kd", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def test_a_real_process_prints_one_line_for_a_wrong_teacher(work: Path, few_images: Path) -> None:
-    (work / "best.pt").write_text("not a checkpoint")
-    done = in_a_process("extract", "--teacher", "best.pt", "--data", few_images, *SMALL, cwd=work)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("cache-kd: teacher best.pt is not a usable Ultralytics checkpoint")
-    assert [path.name for path in work.iterdir()] == ["best.pt"]
-
-
-def test_a_real_process_prints_one_line_for_a_student_that_does_not_fit(work: Path, few_cache: Path) -> None:
-    done = in_a_process("train", "--student", "yolov8n-p2.yaml", "--cache", few_cache, *QUICK, cwd=work)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "the student's head has strides [4, 8, 16, 32]" in line
-    assert list(work.iterdir()) == []

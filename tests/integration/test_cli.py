@@ -220,3 +220,21 @@ def test_extract_and_train_are_functions(test_data: Path, few_images: Path, tmp_
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'cache_kd' has no attribute 'distil'"):
         cache_kd.distil  # noqa: B018
+
+
+def test_a_wrong_teacher_is_one_line_of_a_real_process(tmp_path: Path, few_images: Path) -> None:
+    (tmp_path / "best.pt").write_text("not a checkpoint")
+    done = command("extract", "--teacher", "best.pt", "--data", few_images, *SMALL, cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cache-kd: teacher best.pt is not a usable Ultralytics checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_student_that_does_not_fit_is_one_line_of_a_real_process(tmp_path: Path, few_cache: Path) -> None:
+    settings = ["epochs=1", "batch=4", "val=False", "plots=False", "device=cpu"]
+    done = command("train", "--student", "yolov8n-p2.yaml", "--cache", few_cache, *settings, cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "the student's head has strides [4, 8, 16, 32]" in line
+    assert list(tmp_path.iterdir()) == []
