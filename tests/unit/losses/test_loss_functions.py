@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.losses.bckd import bckd_box_loss, bckd_cls_loss
-from cache_kd.losses.boxes import anchor_centers, decode_boxes
+from cache_kd.losses.boxes import decode_boxes
 from cache_kd.losses.cwd import cwd_loss
 from cache_kd.losses.kd import kd_loss
 from cache_kd.losses.ld import ld_loss
@@ -286,19 +286,11 @@ def test_ld_does_not_see_a_constant_a_side() -> None:
     assert ld_loss(student, shifted).item() == pytest.approx(ld_loss(student, teacher).item(), rel=1e-10)
 
 
-def test_centers_run_along_rows_level_after_level() -> None:
-    centers = anchor_centers([(2, 3), (1, 1)])
-    expected = [[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [0.5, 1.5], [1.5, 1.5], [2.5, 1.5], [0.5, 0.5]]
-    assert centers.tolist() == expected
-
-
 def test_boxes_are_decoded_from_bins_and_from_distances() -> None:
-    center = torch.tensor([[10.0, 20.0]])
     distances = torch.tensor([[1.0, 2.0, 3.0, 0.5]])
-    assert decode_boxes(distances, 1, center).tolist() == [[9.0, 18.0, 13.0, 20.5]]
     assert decode_boxes(distances, 1).tolist() == [[-1.0, -2.0, 3.0, 0.5]]
     # All mass on bins 1, 2, 3; the last side half on bin 0 and half on bin 1.
     logits = torch.full((1, 4, 4), -100.0)
     for side, bins in enumerate(((1,), (2,), (3,), (0, 1))):
         logits[0, side, list(bins)] = 0.0
-    torch.testing.assert_close(decode_boxes(logits.flatten(1), 4, center), torch.tensor([[9.0, 18.0, 13.0, 20.5]]))
+    torch.testing.assert_close(decode_boxes(logits.flatten(1), 4), torch.tensor([[-1.0, -2.0, 3.0, 0.5]]))
