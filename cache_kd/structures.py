@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("mixed", "plain")
-STORES = ("features", "logits")
+STORES = ("features", "logits", "vlr")
 
 
 @dataclass(frozen=True, order=True)
@@ -63,18 +63,44 @@ class HeadSpec:
         reg_max: DFL bins R a box side; 1 means that box outputs are distances, not distributions.
         names: class names; position is the class index.
         end2end: the head also has a one-to-one branch (YOLO26).
-        hold_channels: channels of the head's hold features, all levels, branches and positions in a row.
+        hold: channels of each of the head's hold features (its maps before an activation): position 0 of every level,
+            which is the head's input; then of each level the box branch's positions 1, 2, …, then the class branch's.
+            Only the inputs for a head whose branches are built otherwise; empty: not described.
+        layers: other layers whose outputs are targets, or are compared with targets.
     """
 
     taps: tuple[Tap, ...]
     reg_max: int
     names: tuple[str, ...]
     end2end: bool = False
-    hold_channels: int = 0
+    hold: tuple[int, ...] = ()
+    layers: tuple[Tap, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return len(self.names)
+
+    @property
+    def hold_channels(self) -> int:
+        """Channels of all hold features in a row."""
+        return sum(self.hold)
+
+    @property
+    def hold_positions(self) -> int:
+        """Largest position in a branch at which there is a hold feature; 0 is the head's input."""
+        levels = len(self.taps)
+        return (len(self.hold) - levels) // (2 * levels) if self.hold else 0
+
+    def hold_slot(self, level: int, branch: str, position: int) -> int:
+        """Return the index in `hold` of a position of the "box" or "cls" branch of a level."""
+        if position == 0:
+            return level
+        depth = self.hold_positions
+        return len(self.taps) + level * 2 * depth + (depth if branch == "cls" else 0) + position - 1
+
+    def tap(self, name: str) -> Tap | None:
+        """Return the tap or layer of this name, None if there is none."""
+        return next((tap for tap in (*self.taps, *self.layers) if tap.name == name), None)
 
     def grids(self, imgsz: int) -> tuple[tuple[int, int], ...]:
         """Return (H, W) of each level for square views of `imgsz` pixels, a multiple of the largest stride."""
@@ -94,18 +120,24 @@ class HeadSpec:
             "reg_max": self.reg_max,
             "names": list(self.names),
             "end2end": self.end2end,
-            "hold_channels": self.hold_channels,
+            "hold": list(self.hold),
+            "layers": [[tap.name, tap.channels, tap.stride] for tap in self.layers],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadSpec:
         return cls(
-            taps=tuple(Tap(str(name), int(channels), int(stride)) for name, channels, stride in data["taps"]),
+            taps=_taps(data["taps"]),
             reg_max=int(data["reg_max"]),
             names=tuple(str(name) for name in data["names"]),
             end2end=bool(data["end2end"]),
-            hold_channels=int(data["hold_channels"]),
+            hold=tuple(int(channels) for channels in data["hold"]),
+            layers=_taps(data["layers"]),
         )
+
+
+def _taps(rows: Sequence[Sequence[Any]]) -> tuple[Tap, ...]:
+    return tuple(Tap(str(name), int(channels), int(stride)) for name, channels, stride in rows)
 
 
 @dataclass(frozen=True)
@@ -139,7 +171,9 @@ class SampleTargets:
         scores: (A, C) class logits; boxes: (A, 4·R) box logits, sides l, t, r, b; None when logits are not stored.
         score_map: (A,) largest class probability, of both heads' mean logits where there are two.
         hold_mean, hold_m2: (hold_channels,) mean and sum of squared deviations over the cells of each level.
-        in_box: (A,) bool, the anchor's centre lies in a labelled box by the assigner's own rule.
+        in_box: (A,) bool, anchors to keep whatever their score: the centre lies in a labelled box by the assigner's own
+            rule or, with the store "vlr", the anchor belongs to LD's valuable localization region.
+        layers: one (F, H, W) map for each of the head's `layers`.
     """
 
     features: tuple[np.ndarray, ...]
@@ -149,6 +183,20 @@ class SampleTargets:
     hold_mean: np.ndarray | None
     hold_m2: np.ndarray | None
     in_box: np.ndarray | None
+    layers: tuple[np.ndarray, ...] = ()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labelled boxes of a batch of views, all images in a row.
+
+    Attributes:
+        image: (M,) int64, index in the batch, ascending. cls: (M,) int64. boxes: (M, 4) xyxy in pixels of the view.
+    """
+
+    image: Tensor
+    cls: Tensor
+    boxes: Tensor
 
 
 @dataclass(frozen=True)
@@ -156,11 +204,12 @@ class TargetBatch:
     """Targets of a batch as losses read them: float32 tensors on one device; None for what was not read.
 
     Attributes:
-        features: (B, F, H, W) a level.
+        features: (B, F, H, W) a level. layers: (B, F, H, W) by name, of the other layers that were read.
         scores: (B, A, C) class logits. boxes: (B, A, 4·R), DFL logits minus their largest per side (R = 1: distances).
         sent: (B, A) bool; elsewhere scores hold the mean logit of what was left out and boxes are uniform.
         score_map: (B, A) largest class probability.
         hold_mean, hold_m2: (B, hold_channels).
+        labels: the data set's boxes, classes as the student counts them.
     """
 
     features: tuple[Tensor, ...] | None = None
@@ -170,6 +219,22 @@ class TargetBatch:
     score_map: Tensor | None = None
     hold_mean: Tensor | None = None
     hold_m2: Tensor | None = None
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Labels | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which anchors the student's own training loss gave to which labelled objects, without gradient.
+
+    Attributes:
+        positive: (B, A) bool. cls: (B, A) int64, class of the object; 0 elsewhere. quality: (B, A), the assigner's
+            target score in 0..1 (class probability and overlap); 0 elsewhere.
+    """
+
+    positive: Tensor
+    cls: Tensor
+    quality: Tensor
 
 
 @dataclass(frozen=True)
@@ -178,11 +243,17 @@ class DetectorOutput:
 
     Attributes:
         features: the head's inputs, (B, F, H, W) a level. scores: (B, A, C) logits. boxes: (B, A, 4·R) logits.
+        layers: (B, F, H, W) by name, of other layers that a loss compares.
+        hold: the head's hold features (B, F, H, W) in the order of `HeadSpec.hold`; empty when no loss reads them.
+        assigned: None when no loss reads it.
     """
 
     features: tuple[Tensor, ...]
     scores: Tensor
     boxes: Tensor
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+    hold: tuple[Tensor, ...] = ()
+    assigned: Assignment | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +263,7 @@ class Targets:
     Attributes:
         features: (F, H, W) a level. scores: (A, C) logits. boxes: (A, 4·R) logits. sent: (A,) bool.
         pixel_hash: blake2b-64 of the view's C-order (3, H, W) RGB uint8 bytes.
+        layers: (F, H, W) by name, of the layers that `--taps` named.
     """
 
     features: tuple[np.ndarray, ...] | None
@@ -199,6 +271,7 @@ class Targets:
     boxes: np.ndarray | None
     sent: np.ndarray | None
     pixel_hash: bytes
+    layers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +289,19 @@ class ViewDataset(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, view: View, index: int) -> ViewSample: ...
+
+
+class FrozenHead(Protocol):
+    """The teacher's head, rebuilt from a cache: passes gradient on, has none of its own."""
+
+    def finish(self, level: int, branch: str, position: int, hold: Tensor) -> Tensor:
+        """Return the logits (B, C, H, W) of the "cls" branch, or (B, 4·R, H, W) of the "box" branch, of a level.
+
+        Args:
+            position: 0 for the head's input, i for the map before the activation that follows the branch's i-th
+                convolution. hold: that map, (B, F, H, W) with the teacher's channels.
+        """
+        ...
 
 
 class TargetCodec(Protocol):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.numeric import at_least_float32, comparable
+from cache_kd.losses.maps import MapLoss, channel_adapters
+from cache_kd.losses.numeric import comparable
 from cache_kd.losses.options import Allowed, above
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
 
@@ -33,8 +33,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> T
     return divergence * (temperature**2 / max(student.shape[0] * student.shape[1], 1))
 
 
-class CWD(DistillLoss):
-    """`cwd_loss` summed over levels.
+class CWD(MapLoss):
+    """`cwd_loss` summed over the pairs of maps.
 
     Where channel numbers differ, a 1x1 convolution lifts the student's map. It has no bias: the softmax over positions
     cannot see one, so its gradient would be rounding noise, which Adam turns into full steps.
@@ -43,25 +43,18 @@ class CWD(DistillLoss):
     name = "cwd"
     title = "where each channel of the neck is active, as a distribution over positions"
     paper = "Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
-    needs = frozenset({"features"})
     default_weight = 2.7
     cost = "two softmaxes over every map; 1x1 convolution where channels differ"
-    allowed: ClassVar[Mapping[str, Allowed]] = {"temperature": above(0)}
+    allowed: ClassVar[Mapping[str, Allowed]] = {**MapLoss.allowed, "temperature": above(0)}
 
-    def __init__(self, teacher: HeadSpec, student: HeadSpec, *, temperature: float = 1.0) -> None:
-        super().__init__(teacher, student, temperature=temperature)
+    def __init__(
+        self, teacher: HeadSpec, student: HeadSpec, *, layers: tuple[str, ...] = (), temperature: float = 1.0
+    ) -> None:
+        super().__init__(teacher, student, layers=layers, temperature=temperature)
         self.temperature = temperature
-        self.adapters = nn.ModuleList(
-            nn.Identity()
-            if ours.channels == theirs.channels
-            else nn.Conv2d(ours.channels, theirs.channels, 1, bias=False)
-            for ours, theirs in zip(student.taps, teacher.taps, strict=True)
-        )
+        self.adapters = channel_adapters(self.pairs, bias=False)
 
     def term(self, student: DetectorOutput, targets: TargetBatch) -> Tensor:
-        levels = zip(self.adapters, student.features, self.required(targets.features, "features"), strict=True)
-        losses = [
-            cwd_loss(adapter(at_least_float32(ours)), theirs, temperature=self.temperature)
-            for adapter, ours, theirs in levels
-        ]
+        pairs = zip(self.adapters, self.maps(student, targets), strict=True)
+        losses = [cwd_loss(adapter(ours), theirs, temperature=self.temperature) for adapter, (ours, theirs) in pairs]
         return sum(losses[1:], losses[0])

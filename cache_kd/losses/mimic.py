@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.numeric import at_least_float32, comparable
+from cache_kd.losses.maps import MapLoss
+from cache_kd.losses.numeric import comparable
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
 
 
@@ -24,24 +24,20 @@ def mimic_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student, teacher) if student.numel() else student.sum()
 
 
-class MIMIC(DistillLoss):
-    """`mimic_loss` summed over levels, after a 1x1 convolution with bias a level, equal channels included."""
+class MIMIC(MapLoss):
+    """`mimic_loss` summed over the pairs, after a 1x1 convolution with bias a pair, equal channels included."""
 
     name = "mimic"
     title = "the neck's maps themselves, value by value"
     paper = "FitNets: Hints for Thin Deep Nets, ICLR 2015"
-    needs = frozenset({"features"})
     default_weight = 3.0
     cost = "1x1 convolution and one squared difference a map"
 
-    def __init__(self, teacher: HeadSpec, student: HeadSpec) -> None:
-        super().__init__(teacher, student)
-        self.adapters = nn.ModuleList(
-            nn.Conv2d(ours.channels, theirs.channels, 1)
-            for ours, theirs in zip(student.taps, teacher.taps, strict=True)
-        )
+    def __init__(self, teacher: HeadSpec, student: HeadSpec, *, layers: tuple[str, ...] = ()) -> None:
+        super().__init__(teacher, student, layers=layers)
+        self.adapters = nn.ModuleList(nn.Conv2d(ours.channels, theirs.channels, 1) for ours, theirs in self.pairs)
 
     def term(self, student: DetectorOutput, targets: TargetBatch) -> Tensor:
-        levels = zip(self.adapters, student.features, self.required(targets.features, "features"), strict=True)
-        losses = [mimic_loss(adapter(at_least_float32(ours)), theirs) for adapter, ours, theirs in levels]
+        pairs = zip(self.adapters, self.maps(student, targets), strict=True)
+        losses = [mimic_loss(adapter(ours), theirs) for adapter, (ours, theirs) in pairs]
         return sum(losses[1:], losses[0])

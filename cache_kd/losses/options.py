@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Option = float | int | bool | str
+Option = float | int | bool | str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,17 @@ class Allowed:
 
 def above(low: float) -> Allowed:
     """Finite numbers greater than `low`."""
-    return Allowed(f"finite numbers above {low:g}", lambda value: _finite(value) and float(value) > low)
+    return Allowed(f"finite numbers above {low:g}", lambda value: _finite(value) > low)
 
 
 def at_least(low: float) -> Allowed:
     """Finite numbers not below `low`."""
-    return Allowed(f"finite numbers from {low:g}", lambda value: _finite(value) and float(value) >= low)
+    return Allowed(f"finite numbers from {low:g}", lambda value: _finite(value) >= low)
+
+
+def between(low: float, high: float) -> Allowed:
+    """Finite numbers from `low` to `high`, both included."""
+    return Allowed(f"finite numbers from {low:g} to {high:g}", lambda value: low <= _finite(value) <= high)
 
 
 def one_of(*names: str) -> Allowed:
@@ -32,5 +38,16 @@ def one_of(*names: str) -> Allowed:
     return Allowed(", ".join(names), lambda value: value in names)
 
 
-def _finite(value: Option) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(:[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)?")
+LAYERS = Allowed(
+    "P3, P4, P5, and layers that were extracted with --taps, as C4 or 6; 8:10 compares the teacher's 8 with the "
+    "student's 10",
+    lambda value: isinstance(value, tuple) and len({*value}) == len(value) and all(map(LAYER.fullmatch, value)),
+)
+"""Rule of `layers`, the option of every method on maps."""
+
+
+def _finite(value: Option) -> float:
+    """Return a finite number as it is, and what fails every comparison for anything else."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else math.nan  # type: ignore[arg-type]  # a number, as just tested

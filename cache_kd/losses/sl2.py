@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_kd.errors import MismatchError
-from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.numeric import at_least_float32, comparable
+from cache_kd.losses.maps import MapLoss
+from cache_kd.losses.numeric import comparable
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
 
 
@@ -33,8 +33,11 @@ def sl2_loss(student: Tensor, teacher: Tensor, teacher_score: Tensor) -> Tensor:
     return (squares * weight).sum() / (weight.sum() * student.shape[1] + 1e-9)
 
 
-class SL2(DistillLoss):
-    """`sl2_loss` summed over levels, behind a projector whose state dict equals that of Ultralytics' own."""
+class SL2(MapLoss):
+    """`sl2_loss` summed over the pairs, behind a projector whose state dict equals that of Ultralytics' own.
+
+    A layer that is no input of the head is weighted by the scores of the level of its stride.
+    """
 
     name = "sl2"
     title = "the neck's maps where the teacher sees objects"
@@ -43,24 +46,23 @@ class SL2(DistillLoss):
     default_weight = 6.0
     cost = "two 1x1 convolutions and one squared difference a map"
 
-    def __init__(self, teacher: HeadSpec, student: HeadSpec) -> None:
-        super().__init__(teacher, student)
+    def __init__(self, teacher: HeadSpec, student: HeadSpec, *, layers: tuple[str, ...] = ()) -> None:
+        super().__init__(teacher, student, layers=layers)
+        self._level_of = self.levels_of_strides(teacher)
         self.projector = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(ours.channels, theirs.channels, 1),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(theirs.channels, theirs.channels, 1),
             )
-            for ours, theirs in zip(student.taps, teacher.taps, strict=True)
+            for ours, theirs in self.pairs
         )
 
     def term(self, student: DetectorOutput, targets: TargetBatch) -> Tensor:
-        maps = self.required(targets.features, "features")
-        sizes = [m.shape[2] * m.shape[3] for m in maps]
+        sizes = [level.shape[2] * level.shape[3] for level in student.features]
         scores = torch.split(self.required(targets.score_map, "score maps"), sizes, 1)
-        levels = zip(self.projector, student.features, maps, scores, strict=True)
+        pairs = zip(self.projector, self.maps(student, targets), self._level_of, strict=True)
         losses = [
-            sl2_loss(projector(at_least_float32(ours)), theirs, score.unsqueeze(1))
-            for projector, ours, theirs, score in levels
+            sl2_loss(projector(ours), theirs, scores[level].unsqueeze(1)) for projector, (ours, theirs), level in pairs
         ]
         return sum(losses[1:], losses[0])

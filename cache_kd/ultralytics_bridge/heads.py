@@ -84,7 +84,7 @@ def describe_head(model: nn.Module, purpose: str) -> HeadSpec:
         reg_max=int(head.reg_max),
         names=tuple(str(names[index]) for index in range(int(head.nc))),
         end2end=getattr(head, "one2one_cv2", None) is not None,
-        hold_channels=sum(channels) + sum(norm.num_features for norm in hold_layers(head)),
+        hold=(*channels, *(norm.num_features for norm in hold_layers(head))),
     )
 
 

@@ -21,8 +21,8 @@ from cache_kd.structures import HeadSpec, SampleTargets, Tap, TargetBatch
 IMGSZ = 64
 TAPS = (Tap("P3", 8, 8), Tap("P4", 16, 16), Tap("P5", 12, 32))
 HEADS = {
-    "dfl-80": HeadSpec(TAPS, 16, tuple(f"class {number}" for number in range(80)), hold_channels=24),
-    "dfl-1": HeadSpec(TAPS, 16, ("cell",), hold_channels=6),
+    "dfl-80": HeadSpec(TAPS, 16, tuple(f"class {number}" for number in range(80)), hold=(8, 8, 8)),
+    "dfl-1": HeadSpec(TAPS, 16, ("cell",), hold=(2, 2, 2)),
     "end2end-3": HeadSpec(TAPS, 1, ("a", "b", "c"), end2end=True),
 }
 BOTH = ("features", "logits")
