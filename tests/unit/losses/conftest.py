@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache_kd.structures import DetectorOutput, HeadSpec, Tap, TargetBatch
 
-pytest.register_assert_rewrite("tests.unit.losses.function_suite")
+pytest.register_assert_rewrite("function_suite")
 
 GRIDS = ((5, 7), (3, 4), (1, 2))
 ANCHORS = sum(h * w for h, w in GRIDS)

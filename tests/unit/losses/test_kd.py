@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from cache_kd.errors import SettingError
-from cache_kd.losses import build_loss, parse_loss
-from cache_kd.losses.kd import KD, kd_loss
-from tests.unit.losses.function_suite import RowSuite, draw
-from tests.unit.losses.reference_math import (
+from function_suite import RowSuite, draw
+from reference_math import (
     RTOL,
     binary_divergence,
     chosen_anchors,
@@ -27,6 +22,11 @@ from tests.unit.losses.reference_math import (
     softmax,
     tensors,
 )
+from torch import Tensor
+
+from cache_kd.errors import SettingError
+from cache_kd.losses import build_loss, parse_loss
+from cache_kd.losses.kd import KD, kd_loss
 
 
 class TestKdSigmoid(RowSuite):

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from function_suite import RowSuite, draw
+from reference_math import RTOL, chosen_anchors, divergence, logits, numbers, softmax, tensors
 
 from cache_kd.errors import MismatchError
 from cache_kd.losses.ld import LD, ld_loss
 from cache_kd.structures import HeadSpec
-from tests.unit.losses.function_suite import RowSuite, draw
-from tests.unit.losses.reference_math import RTOL, chosen_anchors, divergence, logits, numbers, softmax, tensors
 
 
 class TestLd(RowSuite):
