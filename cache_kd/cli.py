@@ -79,7 +79,8 @@ def main(debug: bool) -> None:
 @click.option("--device", help="cpu, 0, cuda:1, …; default: the first GPU, else the CPU.")
 @click.option("--workers", type=int, help="Processes that make views; default: 0 on a CPU, else up to 8.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the views.")
-@click.option("--store", default="features,logits", show_default=True, help="Targets to keep.")
+@click.option("--store", default="features,logits", show_default=True, help="Targets to keep; also vlr, for ld:vlr=….")
+@click.option("--taps", default="", metavar="NAMES", help="More layers to keep: C3,C4,C5 of the backbone, or numbers.")
 @click.option("--fidelity", default="default", show_default=True, help="exact, safe, default, small or tiny.")
 @click.option("--precision", default="fp32", show_default=True, help="Of the teacher: fp32 or fp16.")
 @click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads.")
@@ -87,7 +88,7 @@ def main(debug: bool) -> None:
 @click.option("--allow-download", is_flag=True, help="Follow the data file's download: entry.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.argument("augmentation", nargs=-1, metavar="[KEY=VALUE]...")
-def extract(augmentation: tuple[str, ...], store: str, as_json: bool, **options: Any) -> None:
+def extract(augmentation: tuple[str, ...], store: str, taps: str, as_json: bool, **options: Any) -> None:
     """Run the teacher once over every view of the data set and store what it says.
 
     Data set, image size and augmentation are those that the teacher's checkpoint recorded; KEY=VALUE overrides single
@@ -102,9 +103,9 @@ def extract(augmentation: tuple[str, ...], store: str, as_json: bool, **options:
         from cache_kd.pipeline.extraction import ExtractSettings, megabytes
         from cache_kd.pipeline.extraction import extract as run
 
-        stores = tuple(part for part in store.split(",") if part)
+        stores, layers = (tuple(part for part in text.split(",") if part) for text in (store, taps))
         done = run(
-            ExtractSettings(store=stores, augment=parse_pairs(augmentation), **options),
+            ExtractSettings(store=stores, taps=layers, augment=parse_pairs(augmentation), **options),
             say=lambda line: click.echo(line, err=as_json),
             progress=None if as_json else Progress("views"),
         )
@@ -133,6 +134,7 @@ def extract(augmentation: tuple[str, ...], store: str, as_json: bool, **options:
 @click.option("--cache", type=PATH, help="Folder of a cache; default: the newest complete one in kd_cache/.")
 @click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
 @click.option("--loss", "losses", multiple=True, metavar="SPEC", help="NAME[:key=value,…], repeatable, or none.")
+@click.option("--balance", type=float, metavar="SHARE", help="Hold each term at this share of the neck's gradient.")
 @click.option("--name", help="Name of the run's folder under runs/detect.")
 @click.option("--verify-pixels", default="first", show_default=True, help="first, all or off.")
 @click.option("--threads", type=click.IntRange(1), help="torch threads; default: Ultralytics' choice, cores - 1.")

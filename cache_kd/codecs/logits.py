@@ -64,6 +64,7 @@ class LogitCodec(Protocol):
     """Class and box logits ↔ columns."""
 
     kind: ClassVar[str]
+    sends_all: ClassVar[bool]
 
     @property
     def step(self) -> float | None: ...
@@ -104,6 +105,7 @@ class DenseLogits:
     """Every anchor in half precision; bound: half a unit in the last place."""
 
     kind: ClassVar[str] = "dense"
+    sends_all: ClassVar[bool] = True
 
     @property
     def step(self) -> float | None:
@@ -151,6 +153,7 @@ class SparseLogits:
     threshold: float
     step: float = 0.125
     kind: ClassVar[str] = "sparse"
+    sends_all: ClassVar[bool] = False
 
     def columns(self, shape: LogitShape) -> tuple[Column, ...]:
         return (Column("logits", "u1", (shape.prefix_bytes + shape.anchors * shape.anchor_bytes,), ragged=True),)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,15 @@ from cache_kd.codecs.logits import LogitShape
 from cache_kd.errors import MismatchError, SettingError, choices
 from cache_kd.structures import STORES, Column, HeadSpec, SampleTargets, TargetBatch
 
-STORE_OF_NEED = {"features": "features", "score_map": "features", "logits": "logits", "hold_stats": "logits"}
+STORE_OF_NEED = {
+    "features": "features",
+    "score_map": "features",
+    "logits": "logits",
+    "hold_stats": "logits",
+    "vlr": "vlr",
+}
+MAP = "map:"
+"""A need that begins so is the map of one tap or layer."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class ViewCodec:
     """The codec of a cache: which columns its views have, how targets become rows and rows targets.
 
     Attributes:
-        fidelity: parameters of every codec. store: which tiers are kept, of "features" and "logits".
+        fidelity: parameters of every codec. store: which tiers are kept, of `STORES`; "vlr" has no columns of its own,
+            it sends more anchors.
     """
 
     fidelity: Fidelity
@@ -41,11 +50,19 @@ class ViewCodec:
                 raise SettingError(f"--store {name!r} is unknown; {choices(name, STORES)}")
         if not store:
             raise SettingError(f"--store is empty; {choices('', STORES)}")
+        if "vlr" in store and "logits" not in store:
+            raise SettingError("--store vlr keeps the logits of more anchors; give it with them: --store logits,vlr")
+        if head.layers and "features" not in store:
+            raise SettingError("--taps keeps maps; give it with --store features or features,logits")
         return cls(preset(fidelity), head, imgsz, tuple(name for name in STORES if name in store))
 
     def describe(self) -> dict[str, Any]:
         """Return what the manifest records, enough for `from_description`."""
-        return {**self.fidelity.describe(), "store": list(self.store)}
+        return {
+            **self.fidelity.describe(),
+            "store": list(self.store),
+            "layers": [tap.name for tap in self.head.layers],
+        }
 
     @classmethod
     def from_description(cls, data: Mapping[str, Any], head: HeadSpec, imgsz: int) -> ViewCodec:
@@ -55,6 +72,14 @@ class ViewCodec:
     def levels(self) -> tuple[Level, ...]:
         shapes = self.head.feature_shapes(self.imgsz)
         return tuple(Level(tap.name, shape) for tap, shape in zip(self.head.taps, shapes, strict=True))
+
+    @property
+    def layers(self) -> tuple[Level, ...]:
+        """Name and shape of the maps beside the head's inputs."""
+        return tuple(
+            Level(tap.name, (tap.channels, self.imgsz // tap.stride, self.imgsz // tap.stride))
+            for tap in self.head.layers
+        )
 
     @property
     def logit_shape(self) -> LogitShape:
@@ -75,37 +100,66 @@ class ViewCodec:
         if "features" in self.store:
             found["features"] = self.fidelity.features.columns(self.levels)
             found["score_map"] = (self.fidelity.score_map.column(shape.anchors),)
+            for layer in self.layers:
+                columns = self.fidelity.features.columns((layer,))
+                found[MAP + layer.name] = tuple(replace(c, name=layer_column(layer.name, c.name)) for c in columns)
         if "logits" in self.store:
             found["logits"] = self.fidelity.logits.columns(shape)
             if self.head.hold_channels:
                 found["hold_stats"] = (self.fidelity.hold_stats.column(self.head.hold_channels),)
         return found
 
-    def columns_for(self, needs: Collection[str], *, needed_by: str = "what reads them") -> tuple[str, ...]:
+    def missing(self, needs: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return (stores, layers) that a cache of this codec lacks to serve `needs`, and that an extraction could add.
+
+        Raises:
+            MismatchError: a need has a name that no target has.
+        """
+        stores, layers = set[str](), set[str]()
+        for need in needs:
+            name = need.removeprefix(MAP)
+            if need not in STORE_OF_NEED and name == need:
+                raise MismatchError(f"no target is called {need!r}; {choices(need, STORE_OF_NEED)}")
+            if name != need and self.head.tap(name) is None:
+                layers.add(name)
+            stores.add(STORE_OF_NEED.get(need, "features"))
+        if self.fidelity.logits.sends_all:
+            stores.discard("vlr")
+        return tuple(s for s in STORES if s in stores - set(self.store)), tuple(sorted(layers))
+
+    def columns_for(
+        self, needs: Collection[str], *, needed_by: str = "what reads them", command: str = "cache-kd extract ..."
+    ) -> tuple[str, ...]:
         """Return the names of the columns to read, in the cache's order.
 
         Args:
-            needs: of "features", "score_map", "logits" and "hold_stats". needed_by: the reader's name in an error.
+            needs: of "features", "score_map", "logits", "hold_stats", "vlr", and "map:NAME" for one tap or layer.
+            needed_by: the reader's name in an error. command: what extracted this cache, without --store and --taps.
 
         Raises:
             MismatchError: the cache was extracted without what is needed.
         """
         found = self._columns_of_need()
-        for need in needs:
-            if need not in STORE_OF_NEED:
-                raise MismatchError(f"no target is called {need!r}; {choices(need, STORE_OF_NEED)}")
-            if need in found:
-                continue
-            if STORE_OF_NEED[need] in self.store:
-                raise MismatchError(
-                    f"{needed_by} needs hold_stats and the teacher's head has no hold features; "
-                    "choose other losses: cache-kd losses"
-                )
+        stores, layers = self.missing(needs)
+        if stores or layers:
+            what = [*stores, *(f"the layer {name}" for name in layers)]
+            store = [name for name in STORES if name in {*self.store, *stores}]
+            taps = [*(tap.name for tap in self.head.layers), *layers]
             raise MismatchError(
-                f"{needed_by} needs {need} and the cache was extracted with --store {','.join(self.store)}; "
-                f"extract again: cache-kd extract ... --store {','.join(STORES)}"
+                f"{needed_by} needs {' and '.join(what)}, and the cache was extracted with"
+                f"{_options(self.store, [tap.name for tap in self.head.layers])}; a cache that has both old and new: "
+                f"{command}{_options(store, taps)}"
             )
-        return tuple(column.name for need, columns in found.items() if need in needs for column in columns)
+        if "hold_stats" in needs and "hold_stats" not in found:
+            raise MismatchError(
+                f"{needed_by} needs hold_stats and the teacher's head has no hold features; "
+                "choose other losses: cache-kd losses"
+            )
+        wanted = {"features" if self._is_level(need) else "logits" if need == "vlr" else need for need in needs}
+        return tuple(column.name for need, columns in found.items() if need in wanted for column in columns)
+
+    def _is_level(self, need: str) -> bool:
+        return need.removeprefix(MAP) in {tap.name for tap in self.head.taps}
 
     def encode(self, sample: SampleTargets) -> dict[str, np.ndarray]:
         """Return the row of every column; a ragged one as flat u8 of its own length.
@@ -119,6 +173,9 @@ class ViewCodec:
             row.update(self.fidelity.features.encode(sample.features, self.levels))
             score_map = _present(sample.score_map, "score_map", (self.logit_shape.anchors,))
             row["score_map"] = self.fidelity.score_map.encode(score_map)
+            for layer, values in zip(self.layers, sample.layers, strict=True):
+                encoded = self.fidelity.features.encode((values,), (layer,))
+                row.update({layer_column(layer.name, name): column for name, column in encoded.items()})
         if "logits" in self.store:
             row.update(self._encode_logits(sample))
         return row
@@ -148,6 +205,7 @@ class ViewCodec:
         targets: dict[str, Any] = {}
         if "features" in columns:
             targets["features"] = self.fidelity.features.decode(columns, self.levels)
+        targets["layers"] = self._decode_layers(columns)
         if "score_map" in columns:
             targets["score_map"] = self.fidelity.score_map.decode(columns["score_map"])
         if any(column.name in columns for column in self.fidelity.logits.columns(self.logit_shape)):
@@ -157,6 +215,15 @@ class ViewCodec:
             targets["hold_mean"], targets["hold_m2"] = columns["hold_stats"].unbind(dim=1)
         return TargetBatch(**targets)
 
+    def _decode_layers(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        read = {layer: self._layer_columns(columns, layer) for layer in self.layers}
+        return {layer.name: self.fidelity.features.decode(own, (layer,))[0] for layer, own in read.items() if own}
+
+    def _layer_columns(self, columns: Mapping[str, Tensor], layer: Level) -> dict[str, Tensor]:
+        """Return those of one layer that were read, by the names that the feature codec knows."""
+        names = {c.name: layer_column(layer.name, c.name) for c in self.fidelity.features.columns((layer,))}
+        return {name: columns[stored] for name, stored in names.items() if stored in columns}
+
     def decode_one(self, columns: Mapping[str, np.ndarray]) -> TargetBatch:
         """Return one sample's targets as a batch of 1, from rows as `encode` returns them or as they are read."""
         return self.decode({name: torch.from_numpy(np.array(row)[None]) for name, row in columns.items()})
@@ -164,6 +231,22 @@ class ViewCodec:
     def feature_step(self, columns: Mapping[str, Tensor]) -> list[Tensor]:
         """Return per level the largest |error| that a value may have, broadcastable against (B, F, H, W)."""
         return self.fidelity.features.bounds(columns, self.levels)
+
+    def layer_step(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same by name for the layers beside the head's inputs."""
+        return {
+            layer.name: self.fidelity.features.bounds(self._layer_columns(columns, layer), (layer,))[0]
+            for layer in self.layers
+        }
+
+
+def _options(store: Sequence[str], taps: Sequence[str]) -> str:
+    return f" --store {','.join(store)}" + (f" --taps {','.join(taps)}" if taps else "")
+
+
+def layer_column(layer: str, column: str) -> str:
+    """Return the name of a feature codec's column for one layer, as `C4.features`."""
+    return f"{layer}.{column}"
 
 
 def _present(values: np.ndarray | None, name: str, shape: tuple[int, ...]) -> np.ndarray:

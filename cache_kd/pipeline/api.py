@@ -32,8 +32,9 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
     for key in ("data", "cache"):
         if own.get(key) is not None:
             own[key] = Path(own[key])
-    if "store" in own:
-        own["store"] = tuple(own["store"])
+    for name in ("store", "taps"):
+        if name in own:
+            own[name] = tuple(own[name])
     return Cache(run_extraction(ExtractSettings(Path(teacher), augment=augment, **own)).path)
 
 

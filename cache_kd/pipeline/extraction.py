@@ -44,6 +44,7 @@ class ExtractSettings:
     Attributes:
         views, plain_views: K mixed and P plain views. batch: views a forward pass. workers: loader processes.
         device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
+        taps: layers whose maps are kept beside those that the head sees.
     """
 
     teacher: Path
@@ -57,6 +58,7 @@ class ExtractSettings:
     workers: int | None = None
     seed: int = 0
     store: tuple[str, ...] = ("features", "logits")
+    taps: tuple[str, ...] = ()
     fidelity: str = "default"
     precision: str = "fp32"
     trust_teacher: bool = False
@@ -69,6 +71,8 @@ class ExtractSettings:
             if getattr(self, name) is not None and getattr(self, name) < low:
                 option = "--" + name.replace("_", "-")
                 raise SettingError(f"{option} {getattr(self, name)}; allowed: {low} or more")
+        if len({*self.taps}) != len(self.taps):
+            raise SettingError(f"--taps {','.join(self.taps)} names a layer twice; name each once")
         if self.views + self.plain_views == 0:
             raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
 
@@ -176,7 +180,12 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
     recipe, imgsz = _recipe(settings, recorded)
     device = settings.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     teacher = Teacher(
-        checkpoint, imgsz=imgsz, device=_device(device), precision=settings.precision, store=settings.store
+        checkpoint,
+        imgsz=imgsz,
+        device=_device(device),
+        precision=settings.precision,
+        store=settings.store,
+        taps=settings.taps,
     )
     dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed)
     for fault in dataset.faults:
@@ -211,6 +220,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         "weights_sha256": checkpoint.weights_sha256,
         "head": teacher.head_recipe(),
         "data": str(data_file),
+        "augment": dict(settings.augment or {}),
         "data_names": [str(data["names"][index]) for index in range(data["nc"])],
     }
     env = environment(device=device, batch=settings.batch, precision=settings.precision)

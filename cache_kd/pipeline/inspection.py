@@ -44,7 +44,9 @@ def describe(path: Path) -> dict[str, Any]:
 def lines(facts: dict[str, Any]) -> list[str]:
     """Return `describe`'s facts as lines for people."""
     head, teacher, codec = facts["head"], facts["teacher"], facts["fidelity"]
-    levels = ", ".join(f"{name} {channels} channels, stride {stride}" for name, channels, stride in head["taps"])
+    levels = ", ".join(
+        f"{name} {channels} channels, stride {stride}" for name, channels, stride in (*head["taps"], *head["layers"])
+    )
     kinds = [f"{sum(name.startswith(kind) for name in facts['views'])} {kind}" for kind in ("mixed", "plain")]
     names = ", ".join(head["names"][:8]) + (", …" if len(head["names"]) > 8 else "")
     environment = facts["environment"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import cached_property
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from cache_kd.cache.reader import CacheReader
 from cache_kd.codecs import ViewCodec
 from cache_kd.fingerprint import SourceImage, compare_sources
 from cache_kd.pipeline.locations import newest_cache
-from cache_kd.structures import Targets, View
+from cache_kd.structures import FrozenHead, Targets, View
 from cache_kd.ultralytics_bridge.data import find_data_file, load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
+from cache_kd.ultralytics_bridge.frozen_head import FrozenDetectHead
+from cache_kd.ultralytics_bridge.heads import rebuild_head
 from cache_kd.views.recipe import Recipe
 
 
@@ -57,6 +60,15 @@ class Cache:
         """How its columns become targets."""
         return ViewCodec.from_description(self.manifest.codec, self.manifest.head, self.manifest.imgsz)
 
+    def frozen_head(self) -> FrozenHead:
+        """Return the teacher's head, rebuilt from the arrays that the cache holds.
+
+        Raises:
+            MismatchError: The head is not one of Ultralytics' own.
+        """
+        arrays = {name: self.reader.read_teacher(name) for name in self.manifest.arrays}
+        return FrozenDetectHead(rebuild_head(self.manifest.head, self.manifest.teacher["head"], arrays))
+
     def read(self, view: int, index: int, *, plain: bool = False) -> Targets:
         """Return all targets of one view of one image as float32 numpy arrays.
 
@@ -73,6 +85,7 @@ class Cache:
             boxes=batch.boxes[0].numpy() if batch.boxes is not None else None,
             sent=batch.sent[0].numpy() if batch.sent is not None else None,
             pixel_hash=row["pixel_hash"].tobytes(),
+            layers={name: level[0].numpy() for name, level in batch.layers.items()},
         )
 
     def pixels(self, view: int, index: int, *, plain: bool = False) -> np.ndarray:
@@ -110,3 +123,21 @@ class Cache:
 def open_cache(path: Path | str | None = None, *, data: Path | str | None = None) -> Cache:
     """Return the cache at `path`, or the newest complete one of the default place."""
     return Cache(path if path is not None else newest_cache()[0], data=data)
+
+
+def extract_command(manifest: Manifest) -> str:
+    """Return the command that extracts a cache like this one again, without --store and --taps."""
+    teacher, kinds = manifest.teacher, [view.kind for view in manifest.views]
+    options: dict[str, object] = {
+        "teacher": teacher["file"],
+        "data": teacher["data"],
+        "imgsz": manifest.imgsz,
+        "views": kinds.count("mixed"),
+        "plain-views": kinds.count("plain"),
+        "seed": manifest.seed,
+        "fidelity": manifest.codec["fidelity"],
+        "precision": manifest.environment["precision"],
+    }
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
+    augment = [f"{key}={value}" for key, value in teacher["augment"].items()]
+    return " ".join(["cache-kd extract", *words, *augment])

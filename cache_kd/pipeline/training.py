@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.config import read_yaml
 from cache_kd.errors import MismatchError, MissingFileError, SettingError
 from cache_kd.fingerprint import compare_sources
-from cache_kd.losses import LOSSES, LossSpec, parse_losses
+from cache_kd.losses import LossSpec, parse_losses
+from cache_kd.losses.spec import COMMON
 from cache_kd.pipeline.locations import newest_cache
-from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.versions import version_differences
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, safe_loading
@@ -38,6 +39,7 @@ class TrainSettings:
 
     Attributes:
         student: model YAML or checkpoint. cache: folder; None takes the newest complete one.
+        balance: share of the gradient at which each term is held whose spec gives no `balance`; None holds none.
         losses: specs as on the command line; none takes `default_losses`; ("none",) trains plainly on the same views.
         threads: torch threads; None leaves Ultralytics' choice, on a CPU one fewer than its cores.
         settings: Ultralytics' own KEY=VALUE settings.
@@ -47,6 +49,7 @@ class TrainSettings:
     cache: Path | None = None
     data: Path | None = None
     losses: tuple[str, ...] = ()
+    balance: float | None = None
     name: str | None = None
     verify_pixels: str = "first"
     threads: int | None = None
@@ -88,9 +91,9 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     recipe = Recipe.from_settings(cache.manifest.recipe)
     check_settings(extra)
     check_pixel_settings(extra, recipe, cache.manifest.imgsz)
+    import_user_modules(settings.imports)
     losses = _losses(settings, cache.manifest)
     say(f"losses: {', '.join(map(str, losses)) or 'none, a plain run on the same views'}")
-    import_user_modules(settings.imports)
     _check_student(settings.student)
     data_file = cache.data_file()
     load_data(data_file)
@@ -128,7 +131,17 @@ def _open(settings: TrainSettings, say: Callable[[str], None]) -> Cache:
 def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]:
     if settings.losses == (NO_LOSSES,):
         return ()
-    return parse_losses(list(settings.losses or default_losses(manifest)))
+    return _balanced(parse_losses(list(settings.losses or default_losses(manifest))), settings.balance)
+
+
+def _balanced(losses: tuple[LossSpec, ...], share: float | None) -> tuple[LossSpec, ...]:
+    """Return the specs, each held at `share` of the gradient unless it names a share of its own."""
+    if share is None:
+        return losses
+    rule = COMMON["balance"].allowed
+    if not rule.test(share):
+        raise SettingError(f"--balance {share:g}; allowed: {rule.text}")
+    return tuple(spec if spec.balance else replace(spec, balance=share) for spec in losses)
 
 
 def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
@@ -136,9 +149,9 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
     manifest, codec = cache.manifest, cache.codec
     targets = None
     if losses:
-        needed = {f"loss {spec.name}": LOSSES[spec.name].needs for spec in losses}
+        needed = {f"loss {spec.name}": spec.needs for spec in losses}
         for name, needs in needed.items():
-            codec.columns_for(needs, needed_by=name)
+            codec.columns_for(needs, needed_by=name, command=extract_command(manifest))
         targets = TargetSource(
             reader=cache.reader,
             columns=codec.columns_for(frozenset[str]().union(*needed.values())),
@@ -159,6 +172,7 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
         teacher=manifest.head,
         targets=targets,
         decode=codec.decode,
+        head=cache.frozen_head,
         check_data=check_data,
         record=_record(cache, losses, settings),
     )
@@ -193,7 +207,7 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
             f"start a new run from it: cache-kd train --student {checkpoint}"
         )
     recorded = read_yaml(record)
-    asked = _written(settings.losses)
+    asked = _written(settings)
     if asked and asked != recorded["losses"]:
         raise MismatchError(
             f"{checkpoint} was trained with {', '.join(recorded['losses'])}, --loss says {', '.join(asked)}; "
@@ -219,11 +233,11 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
     return resumed, {**extra, "resume": str(checkpoint)}
 
 
-def _written(losses: tuple[str, ...]) -> list[str]:
-    """Return the canonical texts of losses as a run records them."""
-    if losses == (NO_LOSSES,):
+def _written(settings: TrainSettings) -> list[str]:
+    """Return the canonical texts of the losses that are asked for, as a run records them; none asks for none."""
+    if settings.losses == (NO_LOSSES,):
         return [NO_LOSSES]
-    return [str(spec) for spec in parse_losses(list(losses))]
+    return [str(spec) for spec in _balanced(parse_losses(list(settings.losses)), settings.balance)]
 
 
 def _check_student(student: str) -> None:

@@ -137,6 +137,7 @@ def _target_faults(cache: Cache, path: Path, sample: int, trusted: bool) -> tupl
         device=device,
         precision=environment["precision"] if device != "cpu" else "fp32",
         store=tuple(manifest.codec["store"]),
+        taps=tuple(tap.name for tap in manifest.head.layers),
     )
     items = _spread(cache.views, manifest.num_images, sample)
     batch = int(environment["batch"])
@@ -174,9 +175,12 @@ def _errors(cache: Cache, view: View, index: int, live: SampleTargets) -> dict[s
     found: dict[str, float] = {}
     if batch.features is not None:
         tensors = {name: torch.from_numpy(np.array(values))[None] for name, values in row.items()}
-        steps = cache.codec.feature_step(tensors)
-        for tap, stored, true, step in zip(cache.manifest.head.taps, batch.features, live.features, steps, strict=True):
-            error = (stored[0] - torch.from_numpy(true)).abs()
+        head = cache.manifest.head
+        stored = [*batch.features, *batch.layers.values()]
+        steps = [*cache.codec.feature_step(tensors), *cache.codec.layer_step(tensors).values()]
+        maps = zip((*head.taps, *head.layers), stored, (*live.features, *live.layers), steps, strict=True)
+        for tap, read, true, step in maps:
+            error = (read[0] - torch.from_numpy(true)).abs()
             bound = step.to(error) + RELATIVE_SLACK * float(np.abs(true).max())
             found[f"features {tap.name}"] = float((error / bound).max())
     if batch.sent is not None:

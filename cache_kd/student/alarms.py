@@ -73,24 +73,41 @@ class TermWatch:
             LOG.warning(message, *values)
 
 
-def gradient_shares(detection: Tensor, terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str, float]:
+def gradient_shares(
+    detection: Tensor,
+    terms: Mapping[str, Tensor],
+    features: Sequence[Tensor],
+    layers: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, float]:
     """Return each term's share of the gradient on the neck's outputs: |g_term| / (|g_detection| + |g_term|).
 
     Args:
         detection: The detection loss, scalar. terms: weighted terms, scalars, in the same scale.
         features: The neck's outputs (B, F, H, W). Without gradient in all of them (a frozen neck) nothing is measured.
+        layers: {term: {layer: map (B, F, H, W)}} of terms that compare layers further up; such a term is measured on
+            these maps, since what it teaches a backbone never passes the neck's outputs.
     """
-    measured = [level for level in features if level.requires_grad]
+    places = {
+        name: list(layers[name].values()) if layers and layers.get(name) else list(features) for name in terms
+    }
+    measured = {id(level): level for levels in places.values() for level in levels if level.requires_grad}
     if not measured:
         return {}
 
-    def norm(loss: Tensor) -> float:
+    def norms(loss: Tensor) -> dict[int, float]:
         if not loss.requires_grad:
-            return 0.0
+            return dict.fromkeys(measured, 0.0)
         # Half-precision gradients of single terms would underflow; the factor cancels in the ratio.
-        gradients = torch.autograd.grad(loss * 1024, measured, retain_graph=True, allow_unused=True)
-        return math.sqrt(sum(float(g.float().square().sum()) for g in gradients if g is not None))
+        found = torch.autograd.grad(loss * 1024, list(measured.values()), retain_graph=True, allow_unused=True)
+        squares = [0.0 if g is None else float(g.float().square().sum()) for g in found]
+        return dict(zip(measured, squares, strict=True))
 
-    reference = norm(detection)
-    norms = {name: norm(term) for name, term in terms.items()}
-    return {name: value / (reference + value) if value else 0.0 for name, value in norms.items()}
+    def norm(squares: Mapping[int, float], levels: Sequence[Tensor]) -> float:
+        return math.sqrt(sum(squares.get(id(level), 0.0) for level in levels))
+
+    reference = norms(detection)
+    shares = {}
+    for name, term in terms.items():
+        value = norm(norms(term), places[name])
+        shares[name] = value / (norm(reference, places[name]) + value) if value else 0.0
+    return shares

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from cache_kd.errors import MismatchError
-from cache_kd.losses import LossSpec, build_loss
-from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
+from cache_kd.losses import DistillLoss, LossSpec, build_loss
+from cache_kd.structures import DetectorOutput, FrozenHead, HeadSpec, TargetBatch
 from cache_kd.views.seeding import random_scope
+
+BALANCE_EVERY = 10
+"""Steps between two measurements of the gradients that `balance` holds."""
+BALANCE_MOST = 4.0
 
 
 def match_classes(
@@ -42,34 +47,116 @@ def match_classes(
 class Distiller(nn.Module):
     """Owns the losses with their adapters and computes every raw term of one batch in float32.
 
-    A term is the mean over the batch's images; the trainer multiplies it by its weight and by the batch size, as the
-    detection loss is multiplied by the batch size.
+    A term is the mean over the batch's images; the trainer multiplies it by its factor and by the batch size, as the
+    detection loss is multiplied by the batch size. A factor is the weight of its spec, times its schedule, times what
+    `rebalance` found.
 
     Args:
         specs: The losses and their weights.
         teacher: The head whose targets are read. student: the head that is trained.
         seed: Seed of the adapters' initial values; the caller's random streams are left as they were.
+        head: The teacher's head, for losses that run it.
     """
 
-    def __init__(self, specs: Sequence[LossSpec], teacher: HeadSpec, student: HeadSpec, *, seed: int) -> None:
+    def __init__(
+        self,
+        specs: Sequence[LossSpec],
+        teacher: HeadSpec,
+        student: HeadSpec,
+        *,
+        seed: int,
+        head: FrozenHead | None = None,
+    ) -> None:
         super().__init__()
+        self.specs = {spec.name: spec for spec in specs}
+        self._layers = tuple(tap.name for tap in student.layers)
         with random_scope(seed):
-            self.terms = nn.ModuleDict({spec.name: build_loss(spec, teacher, student) for spec in specs})
-        self.weights = {spec.name: spec.weight for spec in specs}
-        on_logits = [name for name, loss in self.terms.items() if "logits" in loss.needs]  # type: ignore[operator]  # a frozenset of DistillLoss
+            self.losses: dict[str, DistillLoss] = {spec.name: build_loss(spec, teacher, student) for spec in specs}
+        self.terms = nn.ModuleDict(self.losses)
+        on_logits = [spec.name for spec in specs if "logits" in spec.needs]
         self.class_map = match_classes(teacher.names, student.names, needed_by=on_logits)
+        for loss in self.losses.values():
+            loss.connect(head, self.class_map)
+        # In the state, so that a resumed run goes on with them.
+        self.register_buffer("gains", torch.ones(len(specs), dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._schedules = {spec.name: spec.schedule(0, 1) for spec in specs}
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Names of the targets that the losses read."""
-        return frozenset[str]().union(*(loss.needs for loss in self.terms.values()))  # type: ignore[arg-type]  # as above
+    def reads(self) -> frozenset[str]:
+        """What the losses read of the student and the labels, see `DistillLoss.reads`."""
+        return frozenset[str]().union(*(spec.reads for spec in self.specs.values()))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The student's layers, beside the head's inputs, that a loss compares."""
+        return self._layers
+
+    def own_layers(self, name: str) -> tuple[str, ...]:
+        """Return those of `layers` that one loss compares."""
+        return tuple(layer for layer in self.specs[name].student_layers if layer in self._layers)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Take the factors' place in their schedules: `epoch`, from 0, of `epochs`."""
+        self._schedules = {name: spec.schedule(epoch, epochs) for name, spec in self.specs.items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The factor of each term now; 0 for one that is switched off."""
+        gains: list[float] = self.get_buffer("gains").tolist()
+        return {
+            name: spec.weight * gain * self._schedules[name]
+            for (name, spec), gain in zip(self.specs.items(), gains, strict=True)
+        }
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the terms that are not switched off by their schedule."""
+        return tuple(name for name, factor in self._schedules.items() if factor)
+
+    def adapters(self) -> list[nn.Parameter]:
+        """Return the parameters that belong in the student's optimizer."""
+        apart = {id(p) for loss in self.losses.values() for p in loss.parameters_trained_apart()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in apart]
 
     def forward(self, student: DetectorOutput, targets: TargetBatch) -> dict[str, Tensor]:
-        """Return {name: raw term}; gradient flows to the student and the adapters only."""
-        said = DetectorOutput(
-            tuple(level.float() for level in student.features), student.scores.float(), student.boxes.float()
-        )
+        """Return {name: raw term} of the active terms; gradient flows to the student and the adapters only."""
+        said = _in_float32(student)
         if self.class_map is not None and targets.scores is not None:
             targets = replace(targets, scores=targets.scores[..., list(self.class_map)])
         with torch.autocast(said.scores.device.type, enabled=False):
-            return {name: loss(said, targets) for name, loss in self.terms.items()}
+            return {name: self.losses[name](said, targets) for name in self.active}
+
+    def due(self) -> bool:
+        """Count a step and return whether the gradients of the terms are to be measured for `rebalance` in it."""
+        steps = self.get_buffer("steps")
+        steps += 1
+        balanced = any(spec.balance for name, spec in self.specs.items() if name in self.active)
+        # Often at first, while the weights are only guesses.
+        return balanced and (int(steps) <= BALANCE_EVERY or int(steps) % BALANCE_EVERY == 0)
+
+    def rebalance(self, shares: Mapping[str, float]) -> None:
+        """Move each balanced term's factor towards the one at which its share of the gradient is its target.
+
+        Half of the way on a logarithmic scale, at most fourfold: one batch's gradients are noisy. A schedule lowers the
+        ratio of the gradients by as much as it lowers the factor.
+        """
+        gains = self.get_buffer("gains")
+        for place, (name, spec) in enumerate(self.specs.items()):
+            share = shares.get(name, 0.0)
+            if not spec.balance or not 0 < share < 1 or not self._schedules[name]:
+                continue
+            wanted = spec.balance / (1 - spec.balance) * self._schedules[name]
+            change = math.sqrt(wanted * (1 - share) / share)
+            gains[place] *= min(max(change, 1 / BALANCE_MOST), BALANCE_MOST)
+
+
+def _in_float32(said: DetectorOutput) -> DetectorOutput:
+    return replace(
+        said,
+        features=tuple(level.float() for level in said.features),
+        scores=said.scores.float(),
+        boxes=said.boxes.float(),
+        layers={name: layer.float() for name, layer in said.layers.items()},
+        hold=tuple(hold.float() for hold in said.hold),
+    )

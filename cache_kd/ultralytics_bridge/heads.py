@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ultralytics.nn.modules.head import OBB, Detect, Pose, Segment, WorldDetect,
 
 from cache_kd.errors import InputDataError, MismatchError
 from cache_kd.structures import DetectorOutput, HeadSpec, Tap
+from cache_kd.ultralytics_bridge.layers import find_layers, taps_of
 
 OTHER_TASKS = (Segment, OBB, Pose, WorldDetect, YOLOEDetect, v10Detect)
 
@@ -63,8 +64,12 @@ def score_map(outputs: Any) -> Tensor:
     return logits.float().sigmoid().amax(dim=1)
 
 
-def describe_head(model: nn.Module, purpose: str) -> HeadSpec:
-    """Return the description of a model's head; channels are taken from a forward pass over a blank image."""
+def describe_head(model: nn.Module, purpose: str, *, layers: Sequence[str] = ()) -> HeadSpec:
+    """Return the description of a model's head; channels are taken from a forward pass over a blank image.
+
+    Args:
+        layers: names of other layers to describe, see `layers.find_layers`.
+    """
     head = detect_head(model, purpose)
     parameter = next(model.parameters())
     size = int(max(head.stride)) * 2
@@ -85,6 +90,7 @@ def describe_head(model: nn.Module, purpose: str) -> HeadSpec:
         names=tuple(str(names[index]) for index in range(int(head.nc))),
         end2end=getattr(head, "one2one_cv2", None) is not None,
         hold=(*channels, *(norm.num_features for norm in hold_layers(head))),
+        layers=taps_of(model, find_layers(model, layers, purpose), purpose) if layers else (),
     )
 
 

@@ -15,6 +15,7 @@ from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from cache_kd.errors import InputDataError, MissingFileError, SettingError
 from cache_kd.fingerprint import digest_file, digest_tensors
+from cache_kd.losses.vlr import vlr_weights
 from cache_kd.structures import HeadSpec, SampleTargets, ViewSample
 from cache_kd.ultralytics_bridge.gate import safe_loading
 from cache_kd.ultralytics_bridge.heads import (
@@ -26,6 +27,7 @@ from cache_kd.ultralytics_bridge.heads import (
     is_fused,
     score_map,
 )
+from cache_kd.ultralytics_bridge.layers import captured, find_layers
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -92,16 +94,25 @@ class Teacher:
         imgsz: Side of the square views in pixels.
         device: torch device name.
         precision: "fp32" or "fp16" (bf16 errs by .3 % of a feature and is not offered).
-        store: which targets to compute, of "features" and "logits".
+        store: which targets to compute, of `structures.STORES`.
+        taps: names of layers whose maps are targets too, see `layers.find_layers`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, imgsz: int, device: str, precision: str, store: tuple[str, ...]
+        self,
+        checkpoint: Checkpoint,
+        *,
+        imgsz: int,
+        device: str,
+        precision: str,
+        store: tuple[str, ...],
+        taps: tuple[str, ...] = (),
     ) -> None:
         if precision not in PRECISIONS:
             raise SettingError(f"--precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
         self.imgsz, self.store = imgsz, store
-        self.head = describe_head(checkpoint.model, f"teacher {checkpoint.path}")
+        purpose = f"teacher {checkpoint.path}"
+        self.head = describe_head(checkpoint.model, purpose, layers=taps)
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         # channels_last took a fifth off a forward pass on the CPU; convolutions round by it, like by the batch size.
         self.model = checkpoint.model.to(self.device, self.dtype).to(memory_format=torch.channels_last).eval()
@@ -110,6 +121,7 @@ class Teacher:
             num_classes=self.head.num_classes, stride=[tap.stride for tap in self.head.taps]
         )
         self._centres = _anchor_centres(self.head, imgsz)
+        self._layers = find_layers(self.model, taps, purpose)
 
     def __call__(self, views: list[ViewSample], *, batch: int) -> list[SampleTargets]:
         """Return targets in the order of `views`; a short batch is padded to `batch` images by repeating its last.
@@ -120,11 +132,13 @@ class Teacher:
         images = torch.from_numpy(pixels).to(self.device).to(self.dtype) / 255
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
-            outputs = self.model(images)
+            with captured(self._layers) as layers:
+                outputs = self.model(images)
             said = detector_output(outputs)
             mean, m2 = self._statistics.collect(said.features)
             best = score_map(outputs)
         features = [_to_numpy(level) for level in said.features] if "features" in self.store else []
+        maps = [_to_numpy(layers[name]) for name in self._layers]
         keep_logits = "logits" in self.store
         scores, boxes = (_to_numpy(said.scores), _to_numpy(said.boxes)) if keep_logits else (None, None)
         score_maps = _to_numpy(best)
@@ -136,10 +150,22 @@ class Teacher:
                 score_map=score_maps[row] if features else None,
                 hold_mean=mean[row].numpy() if keep_logits else None,
                 hold_m2=m2[row].numpy() if keep_logits else None,
-                in_box=self.in_box(view.boxes) if keep_logits else None,
+                in_box=self.kept(view.boxes) if keep_logits else None,
+                layers=tuple(level[row] for level in maps),
             )
             for row, view in enumerate(views)
         ]
+
+    def kept(self, boxes: np.ndarray) -> np.ndarray:
+        """Return (A,) bool: the anchors to keep whatever their score, of `boxes` (n, 4), xyxy in pixels."""
+        inside = self.in_box(boxes)
+        return inside | self.valuable(boxes) if "vlr" in self.store else inside
+
+    def valuable(self, boxes: np.ndarray) -> np.ndarray:
+        """Return (A,) bool: LD's valuable localization region around `boxes` (n, 4), xyxy in pixels."""
+        grids, strides = self.head.grids(self.imgsz), [tap.stride for tap in self.head.taps]
+        weights = vlr_weights([torch.from_numpy(boxes).float()], grids=grids, strides=strides)
+        return (weights[0] > 0).numpy()
 
     def in_box(self, boxes: np.ndarray) -> np.ndarray:
         """Return (A,) bool: which anchors the assigner may ever give to one of `boxes` (n, 4), xyxy in pixels."""

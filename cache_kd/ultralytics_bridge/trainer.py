@@ -21,7 +21,7 @@ from ultralytics.utils.torch_utils import select_device, unwrap_model
 from cache_kd.config import to_yaml
 from cache_kd.errors import CacheKDError, MismatchError, SettingError
 from cache_kd.losses import LossSpec
-from cache_kd.structures import HeadSpec, TargetBatch, View
+from cache_kd.structures import FrozenHead, HeadSpec, TargetBatch, View
 from cache_kd.student.alarms import TermWatch
 from cache_kd.student.batch import target_columns
 from cache_kd.student.distiller import Distiller
@@ -46,6 +46,7 @@ class DistillPlan:
         views: the cache's views. recipe, imgsz, seed: what its pixels are made of.
         teacher: its teacher's head. targets: where items find their columns; None without losses.
         needs_to_columns, decode: the codec's, by which columns become targets on the device.
+        head: returns the teacher's head, for losses that run it.
         check_data: called with the training set before the first epoch; raises when it is not the teacher's.
         record: what `cache_kd.yaml` in the run's folder says; a resumed run must agree with it.
     """
@@ -58,6 +59,7 @@ class DistillPlan:
     teacher: HeadSpec
     targets: TargetSource | None
     decode: Callable[[Mapping[str, torch.Tensor]], TargetBatch]
+    head: Callable[[], FrozenHead]
     check_data: Callable[[TrainingDataset], None]
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -130,7 +132,10 @@ class DistillTrainer(DetectionTrainer):
         sampler = self.train_loader.sampler
         sampler.schedule = self._schedule()  # `time=` re-estimates the number of epochs while it runs
         sampler.set_epoch(self.epoch)
-        unwrap_model(self.model).kd_measure = bool(self.plan.losses)
+        if self.plan.losses:
+            student = unwrap_model(self.model)
+            student.kd_measure = True
+            student.kd.set_epoch(self.epoch, self.epochs)
 
     def _close_dataloader_mosaic(self) -> None:
         """Do nothing: the schedule of views closes the mosaic."""
@@ -147,11 +152,14 @@ class DistillTrainer(DetectionTrainer):
         model: nn.Module = super().get_model(cfg, weights, verbose)
         names = tuple(str(self.data["names"][index]) for index in range(self.data["nc"]))
         # The data set's names: the model gets them later, and a checkpoint or YAML may bring others.
-        student = replace(describe_head(model, f"student {self.args.model}"), names=names)
+        levels = {tap.name for tap in self.plan.teacher.taps}
+        layers = dict.fromkeys(name for spec in self.plan.losses for name in spec.student_layers if name not in levels)
+        student = replace(describe_head(model, f"student {self.args.model}", layers=tuple(layers)), names=names)
         check_levels(self.plan.teacher, student)
         if not self.plan.losses:
             return model
-        distiller = Distiller(self.plan.losses, self.plan.teacher, student, seed=self.args.seed)
+        head = self.plan.head() if any("head" in spec.reads for spec in self.plan.losses) else None
+        distiller = Distiller(self.plan.losses, self.plan.teacher, student, seed=self.args.seed, head=head)
         return attach_distiller(model, distiller)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -166,7 +174,7 @@ class DistillTrainer(DetectionTrainer):
         if distiller is not None:
             by_role = {group["param_group"]: group for group in optimizer.param_groups}
             for role, chosen in (("weight", True), ("bias", False)):
-                members = [p for p in distiller.parameters() if (p.ndim > 1) is chosen]
+                members = [p for p in distiller.adapters() if (p.ndim > 1) is chosen]
                 if members:
                     optimizer.add_param_group({**by_role[role], "params": members})
         return optimizer
@@ -174,11 +182,12 @@ class DistillTrainer(DetectionTrainer):
     def optimizer_step(self) -> None:
         """Step as the stock trainer does, but clip student and adapters apart: jointly, adapters shrink the student."""
         self.scaler.unscale_(self.optimizer)
-        named = list(unwrap_model(self.model).named_parameters())
-        for adapters in (False, True):
-            members = [parameter for name, parameter in named if name.startswith("kd.") is adapters]
-            if members:
-                torch.nn.utils.clip_grad_norm_(members, max_norm=10.0)
+        student = unwrap_model(self.model)
+        distiller = student._modules.get("kd")
+        members = [parameter for name, parameter in student.named_parameters() if not name.startswith("kd.")]
+        torch.nn.utils.clip_grad_norm_(members, max_norm=10.0)
+        if isinstance(distiller, Distiller) and (adapters := distiller.adapters()):
+            torch.nn.utils.clip_grad_norm_(adapters, max_norm=10.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -204,12 +213,13 @@ class DistillTrainer(DetectionTrainer):
         self._watch_terms(flush=True)
         shares: dict[str, float] | None = getattr(student, "kd_shares", None)
         if shares:
-            self._watch.see_shares(
-                {spec.name: shares[spec.name] for spec in self.plan.losses if spec.weight and spec.name in shares}
-            )
+            weights = student.kd.weights
+            self._watch.see_shares({name: share for name, share in shares.items() if weights[name]})
             log = self.save_dir / "kd_gradients.csv"
-            head = "" if log.exists() else "epoch,term,share\n"
-            rows = "".join(f"{self.epoch + 1},{name},{share:.5f}\n" for name, share in shares.items())
+            head = "" if log.exists() else "epoch,term,share,weight\n"
+            rows = "".join(
+                f"{self.epoch + 1},{name},{share:.5f},{weights[name]:.6g}\n" for name, share in shares.items()
+            )
             with log.open("a", encoding="utf-8") as file:
                 file.write(head + rows)
 

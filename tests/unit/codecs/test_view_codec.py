@@ -23,7 +23,7 @@ TAPS = (Tap("P3", 8, 8), Tap("P4", 16, 16), Tap("P5", 12, 32))
 HEADS = {
     "dfl-80": HeadSpec(TAPS, 16, tuple(f"class {number}" for number in range(80)), hold=(8, 8, 8)),
     "dfl-1": HeadSpec(TAPS, 16, ("cell",), hold=(2, 2, 2)),
-    "end2end-3": HeadSpec(TAPS, 1, ("a", "b", "c"), end2end=True),
+    "end2end-3": HeadSpec(TAPS, 1, ("a", "b", "c"), end2end=True, layers=(Tap("C4", 10, 16), Tap("6.cv1", 5, 8))),
 }
 BOTH = ("features", "logits")
 MAPS = ("silu", "outlier", "constant", "zero", "offset", "two values", "subnormal")
@@ -63,8 +63,10 @@ def make_sample(head: HeadSpec, seed: int, kind: str = "silu", *, boxes_in_image
     scores = (rng.normal(-13, 2, (anchors, head.num_classes)) + 10 * confident).astype(np.float32)
     boxes = rng.normal(0, 6, (anchors, 4 * head.reg_max)).astype(np.float32)
     hold = rng.normal(0, 1, (2, head.hold_channels)).astype(np.float32)
+    layers = [(tap.channels, IMGSZ // tap.stride, IMGSZ // tap.stride) for tap in head.layers]
     return SampleTargets(
         features=tuple(any_map(kind, shape, rng) for shape in head.feature_shapes(IMGSZ)),
+        layers=tuple(any_map(kind, shape, rng) for shape in layers),
         scores=scores,
         boxes=boxes,
         score_map=(1 / (1 + np.exp(-scores.max(axis=1).astype(np.float64)))).astype(np.float32),
@@ -134,12 +136,16 @@ def test_rows_fit_their_columns(preset: str, head: HeadSpec) -> None:
 def test_no_feature_is_further_off_than_its_bound(preset: str, seed: int, kind: str, scale: float) -> None:
     head = HEADS["end2end-3"]
     sample = make_sample(head, seed, kind)
-    sample = dataclasses.replace(sample, features=tuple(values * np.float32(scale) for values in sample.features))
+    scaled = {name: tuple(v * np.float32(scale) for v in getattr(sample, name)) for name in ("features", "layers")}
+    sample = dataclasses.replace(sample, **scaled)
     codec = ViewCodec.create(preset, head, IMGSZ, ("features",))
     rows = rows_of(codec, [sample])
-    decoded = codec.decode(rows).features
-    assert decoded is not None
-    for truth, read, bound in zip(sample.features, decoded, codec.feature_step(rows), strict=True):
+    decoded = codec.decode(rows)
+    assert decoded.features is not None
+    assert list(decoded.layers) == list(codec.layer_step(rows)) == ["C4", "6.cv1"]
+    maps = [*decoded.features, *decoded.layers.values()]
+    bounds = [*codec.feature_step(rows), *codec.layer_step(rows).values()]
+    for truth, read, bound in zip((*sample.features, *sample.layers), maps, bounds, strict=True):
         error = np.abs(truth.astype(np.float64) - read[0].double().numpy())
         assert (error <= bound[0].double().numpy()).all()
 
@@ -230,7 +236,7 @@ def test_sent_anchors_are_those_declared_and_within_half_a_step(
     preset: str, head: HeadSpec, seed: int, boxes_in_image: bool
 ) -> None:
     sample = make_sample(head, seed, boxes_in_image=boxes_in_image)
-    codec = ViewCodec.create(preset, head, IMGSZ, ("logits",))
+    codec = ViewCodec.create(preset, head, IMGSZ, BOTH)
     batch = codec.decode(rows_of(codec, [sample]))
     sent = batch.sent[0].numpy()
     assert np.array_equal(sent, expected_sent(sample, THRESHOLDS[preset]))
@@ -262,7 +268,7 @@ def test_unsent_anchors_hold_the_mean_and_uniform_boxes(preset: str, head: HeadS
 def test_all_or_no_anchor_may_be_sent(head: HeadSpec, everything: bool) -> None:
     sample = make_sample(head, 2)
     sample = dataclasses.replace(sample, scores=np.full_like(sample.scores, 3 if everything else -2000), in_box=None)
-    codec = ViewCodec.create("default", head, IMGSZ, ("logits",))
+    codec = ViewCodec.create("default", head, IMGSZ, BOTH)
     rows = rows_of(codec, [sample])
     batch = codec.decode(rows)
     assert batch.sent.all().item() is everything and batch.sent.any().item() is everything
@@ -349,7 +355,7 @@ def test_certain_scores_are_clipped_and_others_refused(preset: str) -> None:
 def test_hold_statistics_keep_their_declared_bits(preset: str) -> None:
     head = HEADS["dfl-80"]
     sample = make_sample(head, 6)
-    codec = ViewCodec.create(preset, head, IMGSZ, ("logits",))
+    codec = ViewCodec.create(preset, head, IMGSZ, BOTH)
     rows = rows_of(codec, [sample])
     batch = codec.decode(rows)
     for truth, read in ((sample.hold_mean, batch.hold_mean), (sample.hold_m2, batch.hold_m2)):
@@ -376,12 +382,15 @@ def test_a_batch_decodes_as_its_samples_one_by_one(preset: str, head: HeadSpec) 
             batch, one = getattr(together, field.name), getattr(alone, field.name)
             if isinstance(batch, torch.Tensor):
                 assert torch.equal(batch[number : number + 1], one), field.name
+            elif field.name == "layers":
+                assert list(batch) == list(one) == [tap.name for tap in head.layers]
+                assert all(torch.equal(batch[name][number : number + 1], one[name]) for name in batch)
             elif batch is not None:
                 assert all(
                     torch.equal(many[number : number + 1], level) for many, level in zip(batch, one, strict=True)
                 )
             else:
-                assert one is None and head.hold_channels == 0
+                assert one is None and (field.name == "labels" or head.hold_channels == 0)
 
 
 @presets
@@ -424,9 +433,9 @@ def test_presets_hold_the_declared_parameters() -> None:
 def test_unknown_presets_and_stores_name_the_nearest() -> None:
     with pytest.raises(SettingError, match=r"--fidelity 'defualt' is unknown; known: .*did you mean 'default'"):
         ViewCodec.create("defualt", HEADS["dfl-1"], IMGSZ, BOTH)
-    with pytest.raises(SettingError, match=r"--store 'feature' is unknown; known: features, logits; did you mean"):
+    with pytest.raises(SettingError, match=r"--store 'feature' is unknown; known: features, logits, vlr; did you mean"):
         ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ("feature",))
-    with pytest.raises(SettingError, match=r"--store is empty; known: features, logits"):
+    with pytest.raises(SettingError, match=r"--store is empty; known: features, logits, vlr"):
         ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ())
 
 
@@ -438,17 +447,50 @@ def test_columns_for_names_what_to_read() -> None:
     assert ViewCodec.create("exact", HEADS["dfl-1"], IMGSZ, BOTH).columns_for(["logits"]) == ("scores", "boxes")
 
 
+def test_each_layer_is_read_by_itself() -> None:
+    codec = ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH)
+    assert codec.columns_for(["map:C4"]) == ("C4.features", "C4.feature_tables")
+    assert codec.columns_for(["map:P4", "map:6.cv1"])[::2] == ("features", "6.cv1.features")
+    rows = rows_of(codec, [make_sample(HEADS["end2end-3"], 0)])
+    read = codec.decode({name: rows[name] for name in codec.columns_for(["map:6.cv1"])})
+    assert read.features is None and list(read.layers) == ["6.cv1"]
+    assert read.layers["6.cv1"].shape == (1, 5, 8, 8)
+
+
+def test_the_valuable_region_adds_no_columns() -> None:
+    codec = ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ("vlr", "logits"))
+    assert codec.columns == ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ("logits",)).columns
+    assert codec.columns_for(["vlr"]) == ("logits",)
+    assert ViewCodec.create("exact", HEADS["dfl-1"], IMGSZ, ("logits",)).columns_for(["vlr"]) == ("scores", "boxes")
+
+
 def test_columns_for_says_what_the_cache_lacks() -> None:
     only = {store: ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, (store,)) for store in BOTH}
-    command = "cache-kd extract ... --store features,logits"
-    with pytest.raises(MismatchError, match=rf"needs logits and .* with --store features; extract again: {command}"):
+    both = r"a cache that has both old and new: cache-kd extract \.\.\. --store features,logits$"
+    with pytest.raises(MismatchError, match=rf"reads them needs logits, and .* with --store features; {both}"):
         only["features"].columns_for(["features", "logits"])
-    with pytest.raises(MismatchError, match=rf"needs score_map and .* with --store logits; extract again: {command}"):
+    with pytest.raises(MismatchError, match=rf"needs features, and .* with --store logits; {both}"):
         only["logits"].columns_for(["score_map"])
+    with pytest.raises(MismatchError, match=r"with --store logits; .*new: X --t best.pt --store features,logits,vlr$"):
+        only["logits"].columns_for(["features", "vlr"], command="X --t best.pt")
+    with pytest.raises(MismatchError, match=r"needs features and the layer C4, .*--store features,logits --taps C4$"):
+        only["logits"].columns_for(["map:C4", "map:P3"])
+    tapped = ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH)
+    with pytest.raises(MismatchError, match=r"needs the layer 9, and .* with --store features,logits --taps C4,6.cv1;"):
+        tapped.columns_for(["map:C4", "map:9"])
     with pytest.raises(MismatchError, match=r"needs hold_stats and the teacher's head has no hold features"):
         ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH).columns_for(["hold_stats"])
     with pytest.raises(MismatchError, match=r"no target is called 'logit'; known: .*did you mean 'logits'"):
         only["logits"].columns_for(["logit"])
+
+
+@pytest.mark.parametrize(
+    ("head", "store", "message"),
+    [("dfl-1", ("features", "vlr"), r"--store logits,vlr"), ("end2end-3", ("logits",), r"--taps keeps maps; give it")],
+)
+def test_stores_that_cannot_stand_alone_are_refused(head: str, store: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ViewCodec.create("default", HEADS[head], IMGSZ, store)
 
 
 @presets
