@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from cache_kd.errors import SettingError, choices
 from cache_kd.losses.anchors import confidence, total_confidence
 from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.numeric import comparable, sum_rows
+from cache_kd.losses.numeric import average_rows, comparable
 from cache_kd.losses.options import Allowed, above, one_of
+from cache_kd.losses.protocols import (
+    PROTOCOLS,
+    binary_divergence,
+    is_sigmoid,
+    refuse_softmax_of_one,
+    softmax_divergence,
+)
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
-
-PROTOCOLS = ("sigmoid", "softmax")
 
 
 def kd_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float,
+    temperature: float = 2.0,
     protocol: str = "sigmoid",
     weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -33,7 +36,7 @@ def kd_loss(
     softmax: a row is KL(softmax(t/T) ‖ softmax(s/T)), as in Hinton et al., "Distilling the Knowledge in a Neural
     Network", NIPS 2014 workshop; blind to a constant added to all logits of a row, and always 0 for one class.
     Sum over classes; mean over rows when `normalizer` is None. 0 at student = teacher. Code of detectors differs by
-    scale: that of LD and BCKD takes the mean over classes.
+    scale: that of LD and BCKD takes the mean over classes. T = 2 is theirs too.
 
     Args:
         student: (n, K) logits.
@@ -43,30 +46,18 @@ def kd_loss(
         weight: (n,) or None for ones.
         normalizer: divisor of the sum; None is n.
     """
-    if protocol not in PROTOCOLS:
-        raise SettingError(f"no protocol {protocol!r}; {choices(protocol, PROTOCOLS)}")
+    sigmoid = is_sigmoid(protocol)
     student, teacher = comparable(student, teacher)
-    divergence = _sigmoid_rows if protocol == "sigmoid" else _softmax_rows
-    rows = divergence(student / temperature, teacher / temperature) * temperature**2
-    return sum_rows(rows, weight, max(len(rows), 1) if normalizer is None else normalizer)
-
-
-def _sigmoid_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    # -logsigmoid(-x) is log(1 + e^x); F.softplus turns linear above 20, which float64 would notice.
-    change = F.logsigmoid(-teacher) - F.logsigmoid(-student)
-    return (teacher.sigmoid() * (teacher - student) + change).sum(-1)
-
-
-def _softmax_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    ours, theirs = student / temperature, teacher / temperature
+    rows = binary_divergence(ours, theirs).sum(-1) if sigmoid else softmax_divergence(ours, theirs)
+    return average_rows(rows * temperature**2, weight, normalizer)
 
 
 class KD(DistillLoss):
     """`kd_loss` over all anchors, divided by Z = max(Σ max_c p_t, 1) over the batch.
 
-    The default temperature is 1: higher ones give weight to the logits of empty background, nearly all anchors, and
-    those are the ones that a sparse cache keeps only as a mean.
+    The default temperature is 1, not the function's 2: higher ones give weight to the logits of empty background,
+    nearly all anchors, and those are the ones that a sparse cache keeps only as a mean.
     """
 
     name = "kd"
@@ -82,11 +73,7 @@ class KD(DistillLoss):
         self, teacher: HeadSpec, student: HeadSpec, *, temperature: float = 1.0, protocol: str = "sigmoid"
     ) -> None:
         super().__init__(teacher, student, temperature=temperature, protocol=protocol)
-        if protocol == "softmax" and student.num_classes == 1:
-            raise SettingError(
-                "loss kd: protocol=softmax with one class is constantly zero; allowed here: sigmoid; "
-                "use --loss kd:protocol=sigmoid"
-            )
+        refuse_softmax_of_one(self.name, protocol, student.num_classes)
         self.temperature = temperature
         self.mode = protocol
 
