@@ -1,11 +1,16 @@
 """Distillation losses: pure functions in one file a method, their modules, and the table of names."""
 
+from cache_kd.losses.at import AT
 from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.bckd import BCKD
 from cache_kd.losses.cwd import CWD
+from cache_kd.losses.fsp import FSP
 from cache_kd.losses.kd import KD
 from cache_kd.losses.ld import LD
+from cache_kd.losses.local import LOCAL
 from cache_kd.losses.mimic import MIMIC
+from cache_kd.losses.pa import PA
+from cache_kd.losses.pkd import PKD
 from cache_kd.losses.sl2 import SL2
 from cache_kd.losses.spec import LossSpec, build_loss, parse_loss, parse_losses
 
@@ -15,6 +20,11 @@ LOSSES: dict[str, type[DistillLoss]] = {
     "bckd": BCKD,
     "kd": KD,
     "mimic": MIMIC,
+    "fsp": FSP,
+    "pkd": PKD,
+    "at": AT,
+    "pa": PA,
+    "local": LOCAL,
     "sl2": SL2,
 }
 
