@@ -33,6 +33,11 @@ def between(low: float, high: float) -> Allowed:
     return Allowed(f"finite numbers from {low:g} to {high:g}", lambda value: low <= _finite(value) <= high)
 
 
+def from_to_below(low: float, high: float) -> Allowed:
+    """Finite numbers from `low`, included, to `high`, excluded."""
+    return Allowed(f"finite numbers from {low:g} to below {high:g}", lambda value: low <= _finite(value) < high)
+
+
 def one_of(*names: str) -> Allowed:
     """These words only."""
     return Allowed(", ".join(names), lambda value: value in names)
