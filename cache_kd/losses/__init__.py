@@ -4,21 +4,27 @@ from cache_kd.losses.at import AT
 from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.bckd import BCKD
 from cache_kd.losses.cwd import CWD
+from cache_kd.losses.dkd import DKD
 from cache_kd.losses.fsp import FSP
 from cache_kd.losses.kd import KD
 from cache_kd.losses.ld import LD
 from cache_kd.losses.local import LOCAL
 from cache_kd.losses.mimic import MIMIC
+from cache_kd.losses.nkd import NKD
 from cache_kd.losses.pa import PA
 from cache_kd.losses.pkd import PKD
 from cache_kd.losses.sl2 import SL2
 from cache_kd.losses.spec import LossSpec, build_loss, parse_loss, parse_losses
+from cache_kd.losses.wsld import WSLD
 
 LOSSES: dict[str, type[DistillLoss]] = {
     "cwd": CWD,
     "ld": LD,
     "bckd": BCKD,
     "kd": KD,
+    "nkd": NKD,
+    "dkd": DKD,
+    "wsld": WSLD,
     "mimic": MIMIC,
     "fsp": FSP,
     "pkd": PKD,
