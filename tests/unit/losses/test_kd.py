@@ -58,6 +58,11 @@ def test_by_hand() -> None:
     assert hot.item() == pytest.approx(4 * expected, rel=1e-6)
 
 
+def test_default_temperature_is_that_of_detectors_code() -> None:
+    student, teacher = TestKdSigmoid.student, TestKdSigmoid.teacher
+    assert kd_loss(student, teacher).item() == kd_loss(student, teacher, temperature=2.0).item()
+
+
 def test_gradient_is_temperature_times_the_gap() -> None:
     student, teacher = TestKdSigmoid.student.clone().requires_grad_(), TestKdSigmoid.teacher
     kd_loss(student, teacher, temperature=3.0, normalizer=1.0).backward()
