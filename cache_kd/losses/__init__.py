@@ -5,10 +5,13 @@ from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.bckd import BCKD
 from cache_kd.losses.cwd import CWD
 from cache_kd.losses.dkd import DKD
+from cache_kd.losses.fgd import FGD
+from cache_kd.losses.fgfi import FGFI
 from cache_kd.losses.fsp import FSP
 from cache_kd.losses.kd import KD
 from cache_kd.losses.ld import LD
 from cache_kd.losses.local import LOCAL
+from cache_kd.losses.mgd import MGD
 from cache_kd.losses.mimic import MIMIC
 from cache_kd.losses.nkd import NKD
 from cache_kd.losses.pa import PA
@@ -26,8 +29,11 @@ LOSSES: dict[str, type[DistillLoss]] = {
     "dkd": DKD,
     "wsld": WSLD,
     "mimic": MIMIC,
+    "mgd": MGD,
+    "fgd": FGD,
     "fsp": FSP,
     "pkd": PKD,
+    "fgfi": FGFI,
     "at": AT,
     "pa": PA,
     "local": LOCAL,
