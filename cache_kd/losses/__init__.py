@@ -3,6 +3,7 @@
 from cache_kd.losses.at import AT
 from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.bckd import BCKD
+from cache_kd.losses.crosskd import CrossKD
 from cache_kd.losses.cwd import CWD
 from cache_kd.losses.dkd import DKD
 from cache_kd.losses.fgd import FGD
@@ -24,6 +25,7 @@ LOSSES: dict[str, type[DistillLoss]] = {
     "cwd": CWD,
     "ld": LD,
     "bckd": BCKD,
+    "crosskd": CrossKD,
     "kd": KD,
     "nkd": NKD,
     "dkd": DKD,
