@@ -77,7 +77,7 @@ class PA(MapLoss):
 
 
 def _patch(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    height, width = (min(max(int(side * scale), 1), side) for side in size)
+    height, width = (max(int(side * scale), 1) for side in size)
     return height, width
 
 

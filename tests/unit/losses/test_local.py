@@ -61,7 +61,7 @@ def test_scale_of_a_cell_and_a_rotation_of_channels_do_not_count() -> None:
 
 
 def test_only_neighbours_are_compared() -> None:
-    # The cell changed is two steps from all that are left: its own pairs are gone with the cells between.
+    # One cell of the teacher is another: the pairs that differ are those of this cell with its three neighbours.
     student = draw(1, 3, 5, 5).requires_grad_()
     teacher = student.detach().clone()
     teacher[..., 0, 0] = draw(1, 3, seed=3)
