@@ -12,7 +12,6 @@ from torch import Tensor
 from cache_kd.structures import Assignment, DetectorOutput, HeadSpec, Labels, Tap, TargetBatch
 
 GRIDS = ((5, 7), (3, 4), (1, 2))
-ANCHORS = sum(h * w for h, w in GRIDS)
 BATCH = 2
 # Images of the batch, classes and boxes xyxy in pixels: small and large, overlapping, one along the whole view.
 LABELS = (
@@ -82,17 +81,19 @@ class Case:
         return [*output.features, *output.layers.values(), *inner, output.scores, output.boxes]
 
 
-def draw_outputs(head: HeadSpec, seed: int, dtype: torch.dtype, grad: bool = True) -> DetectorOutput:
+def draw_outputs(head: HeadSpec, seed: int, dtype: torch.dtype, enlarged: int = 1) -> DetectorOutput:
     """Return a head's outputs, its input and hold features and C4; nothing is assigned."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    features = tuple(normal(BATCH, tap.channels, *grid) for tap, grid in zip(head.taps, GRIDS, strict=True))
-    scores, boxes = normal(BATCH, ANCHORS, head.num_classes), normal(BATCH, ANCHORS, 4 * head.reg_max)
-    layers = {tap.name: normal(BATCH, tap.channels, *GRIDS[1]) for tap in head.layers}
-    grids = [grid for grid in GRIDS for _ in range(2 * head.hold_positions)]
+    levels = [(height * enlarged, width * enlarged) for height, width in GRIDS]
+    anchors = sum(height * width for height, width in levels)
+    features = tuple(normal(BATCH, tap.channels, *grid) for tap, grid in zip(head.taps, levels, strict=True))
+    scores, boxes = normal(BATCH, anchors, head.num_classes), normal(BATCH, anchors, 4 * head.reg_max)
+    layers = {tap.name: normal(BATCH, tap.channels, *levels[1]) for tap in head.layers}
+    grids = [grid for grid in levels for _ in range(2 * head.hold_positions)]
     inner = (normal(BATCH, c, *grid) for c, grid in zip(head.hold[len(head.taps) :], grids, strict=True))
     return DetectorOutput(features, scores, boxes, layers, (*features, *inner))
 
@@ -105,12 +106,12 @@ def hold_statistics(hold: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(means, 1), torch.cat(squares, 1)
 
 
-def draw_assignment(classes: int, dtype: torch.dtype) -> Assignment:
+def draw_assignment(classes: int, anchors: int, dtype: torch.dtype) -> Assignment:
     """Return about a third of all anchors as positives of random classes and qualities."""
     generator = torch.Generator().manual_seed(4)
-    positive = torch.rand(BATCH, ANCHORS, generator=generator) < 0.3
-    cls = torch.randint(classes, (BATCH, ANCHORS), generator=generator) * positive
-    quality = (1 - torch.rand(BATCH, ANCHORS, generator=generator, dtype=torch.float64)) * positive
+    positive = torch.rand(BATCH, anchors, generator=generator) < 0.3
+    cls = torch.randint(classes, (BATCH, anchors), generator=generator) * positive
+    quality = (1 - torch.rand(BATCH, anchors, generator=generator, dtype=torch.float64)) * positive
     return Assignment(positive, cls, quality.to(dtype))
 
 
@@ -123,17 +124,22 @@ def make_labels(classes: int, dtype: torch.dtype, rows: slice = slice(None)) -> 
     )
 
 
-def make_case(*, classes: int = 3, reg_max: int = 16, dtype: torch.dtype = torch.float32) -> Case:
-    """Return a case: channels differ but on the second level; the teacher's tensors ask for gradient."""
+def make_case(*, classes: int = 3, reg_max: int = 16, dtype: torch.dtype = torch.float32, enlarged: int = 1) -> Case:
+    """Return a case: channels differ but on the second level; the teacher's tensors ask for gradient.
+
+    Args:
+        enlarged: how many times larger than `GRIDS` the maps are.
+    """
     teacher = make_head(12, 16, 10, classes=classes, reg_max=reg_max)
     student = make_head(8, 16, 6, classes=classes, reg_max=reg_max, hold=STUDENT_HOLD, c4=11)
-    theirs, ours = draw_outputs(teacher, 1, dtype), draw_outputs(student, 3, dtype)
+    theirs, ours = (draw_outputs(head, seed, dtype, enlarged) for head, seed in ((teacher, 1), (student, 3)))
+    anchors = theirs.scores.shape[1]
     mean, m2 = hold_statistics(theirs.hold)
     targets = TargetBatch(
         features=theirs.features,
         scores=theirs.scores,
         boxes=theirs.boxes,
-        sent=torch.rand(BATCH, ANCHORS, generator=torch.Generator().manual_seed(2)) > 0.3,
+        sent=torch.rand(BATCH, anchors, generator=torch.Generator().manual_seed(2)) > 0.3,
         score_map=theirs.scores.detach().sigmoid().amax(-1).requires_grad_(),
         hold_mean=mean.requires_grad_(),
         hold_m2=m2.requires_grad_(),
@@ -141,6 +147,6 @@ def make_case(*, classes: int = 3, reg_max: int = 16, dtype: torch.dtype = torch
         labels=make_labels(classes, dtype),
     )
     output = DetectorOutput(
-        ours.features, ours.scores, ours.boxes, ours.layers, ours.hold, draw_assignment(classes, dtype)
+        ours.features, ours.scores, ours.boxes, ours.layers, ours.hold, draw_assignment(classes, anchors, dtype)
     )
     return Case(teacher, student, output, targets, theirs.hold, FakeHead(teacher))
