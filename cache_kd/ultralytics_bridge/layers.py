@@ -85,11 +85,19 @@ def captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
     The hooks are gone afterwards: copies and pickles of the model know nothing of them. The output of a normalisation
     is kept as a copy apart, since the activation that follows works in place.
+
+    Raises:
+        MismatchError: a layer runs several times, as Ultralytics' activations do, one module in all layers.
     """
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if name in found:
+                raise MismatchError(
+                    f"layer {name!r} runs several times in one pass, so its output is not one map; name the layer "
+                    "around it, as 6.cv1 for 6.cv1.act"
+                )
             found[name] = output
             return output.clone() if isinstance(module, nn.BatchNorm2d) else None
 
@@ -107,7 +115,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     """Return the layer or part of a layer that a dotted path names, None if there is none or it is the head's."""
     number, *_ = name.split(".")
     sequence = _sequence(model)
-    if not number.isdigit() or int(number) >= len(sequence) - 1:
+    if not number.isdecimal() or int(number) >= len(sequence) - 1:
         return None
     try:
         return sequence.get_submodule(name)
