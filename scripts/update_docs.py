@@ -1,21 +1,32 @@
-"""In: README.md with marked blocks. Out: the same, each block holding what `cache-kd COMMAND --help` prints now.
+"""In: documents with marked blocks. Out: the same, each block holding what the program says or measured now.
 
-A block is marked by a comment on the line before its fence: `<!-- help:extract -->`, or `<!-- help: -->` for the
-program itself. `python scripts/update_docs.py` rewrites README.md; tests/test_docs.py fails while it is out of date.
+`<!-- help:extract -->` on the line before a fence holds `cache-kd extract --help` (`<!-- help: -->` the program's own);
+what stands between `<!-- table:NAME -->` and `<!-- end -->` is a table made from the registry of losses or from the
+newest record of a benchmark. `python scripts/update_docs.py` rewrites the documents; tests/test_docs.py fails while one
+is out of date.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner
 
 from cache_kd.cli import main
+from cache_kd.losses.catalogue import catalogue, cost_in_words, needs_in_words, setting
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
+RESULTS = ROOT / "scripts" / "bench" / "results"
 WIDTH = 100
-BLOCK = re.compile(r"(?P<head><!-- help:(?P<command>[^\n]*?) -->\n+```\w*\n)(?P<body>.*?)(?P<foot>^```$)", re.M | re.S)
+HELP = re.compile(r"(?P<head><!-- help:(?P<name>[^\n]*?) -->\n+```\w*\n)(?P<body>.*?)(?P<foot>^```$)", re.M | re.S)
+TABLE = re.compile(r"(?P<head><!-- table:(?P<name>[^\n]*?) -->\n)(?P<body>.*?)(?P<foot>^<!-- end -->$)", re.M | re.S)
+STAGES = ("early", "middle", "late")
 
 
 def help_text(command: str) -> str:
@@ -31,15 +42,95 @@ def help_text(command: str) -> str:
     return result.output.rstrip() + "\n"
 
 
+def rows(head: list[str], body: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
+
+
+def newest(name: str) -> dict[str, Any]:
+    """Return the newest record of a benchmark."""
+    files = sorted(RESULTS.glob(f"????-??-??-{name}.json"))
+    if not files:
+        raise ValueError(f"no record of the benchmark {name} in {RESULTS.name}")
+    content: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    return content
+
+
+def losses_table() -> str:
+    """Return every loss: paper, what it transfers, needs, protocol, cost, default weight."""
+    head = ["loss", "paper", "transfers", "needs", "protocol", "cost", "weight"]
+    body = [
+        [
+            f"`{loss['name']}`", loss["paper"], loss["title"], needs_in_words(loss), loss["protocol"],
+            cost_in_words(loss), f"{loss['default_weight']:g}",
+        ]
+        for loss in catalogue()
+    ]  # fmt: skip
+    return rows(head, body) + f"\n{setting()[0].upper()}{setting()[1:]}.\n"
+
+
+def options_table() -> str:
+    """Return every option of every loss with its default and what is allowed; `layers` is said apart."""
+    body = [
+        [f"`{loss['name']}`", f"`{name}`", f"`{rule['default']}`", rule["allowed"] or rule["type"]]
+        for loss in catalogue()
+        for name, rule in loss["options"].items()
+        if name != "layers"
+    ]
+    return rows(["loss", "option", "default", "allowed"], body)
+
+
+def weights_table() -> str:
+    """Return the weights at which a term's gradient had the wanted ratio, by data set and stage."""
+    records = [newest(f"loss-weights-{name}") for name in ("bccd-160", "coco128-320", "coco128-320-trained")]
+    labels = ["bccd, 160 px", "coco128, 320 px", "coco128, trained student"]
+    head = ["loss", "default", *(f"{label}: early / middle / late" for label in labels)]
+    body = []
+    for loss in catalogue():
+        found = [record["figures"].get(loss["name"]) for record in records]
+        cells = [" / ".join(f"{stages[stage]:.2g}" for stage in STAGES) if stages else "-" for stages in found]
+        body.append([f"`{loss['name']}`", f"{loss['default_weight']:g}", *cells])
+    return rows(head, body)
+
+
+def every_loss_table() -> str:
+    """Return the short training with every single loss: the term's column and its share of the gradient."""
+    figures = newest("every-loss")["figures"]
+    body = []
+    for arm, found in figures.items():
+        for term, fell in found["terms"].items():
+            share = fell["share"]
+            body.append(
+                [f"`{arm}`", f"`{term}`", f"{fell['first']:.4g}", f"{fell['last']:.4g}",
+                 f"{share['median']:.3f} [{share['min']:.3f}, {share['max']:.3f}]", str(len(found["warnings"]))]
+            )  # fmt: skip
+    return rows(["run", "term", "epoch 1", "last epoch", "share: median [range]", "warnings"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "losses": losses_table,
+    "options": options_table,
+    "weights": weights_table,
+    "every-loss": every_loss_table,
+}
+
+
 def marked(text: str) -> list[tuple[str, str]]:
-    """Return (command, body) of every marked block of a document."""
-    return [(match["command"].strip(), match["body"]) for match in BLOCK.finditer(text)]
+    """Return (command, body) of every marked help block of a document."""
+    return [(match["name"].strip(), match["body"]) for match in HELP.finditer(text)]
+
+
+def marked_tables(text: str) -> list[tuple[str, str]]:
+    """Return (table, body) of every marked table of a document."""
+    return [(match["name"].strip(), match["body"]) for match in TABLE.finditer(text)]
 
 
 def updated(text: str) -> str:
     """Return the document with every marked block rewritten."""
-    return BLOCK.sub(lambda match: match["head"] + help_text(match["command"].strip()) + match["foot"], text)
+    text = HELP.sub(lambda match: match["head"] + help_text(match["name"].strip()) + match["foot"], text)
+    return TABLE.sub(lambda match: match["head"] + TABLES[match["name"].strip()]() + match["foot"], text)
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(updated(document.read_text(encoding="utf-8")), encoding="utf-8")

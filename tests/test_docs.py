@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from scripts.update_docs import README, help_text, marked, updated
+from scripts.update_docs import DOCUMENTS, README, TABLES, help_text, marked, marked_tables, updated
 
 TEXT = README.read_text(encoding="utf-8")
 STALE = "before\n\n<!-- help:train -->\n```\nstale\n```\n\nafter\n\n<!-- help: -->\n\n```text\n```\n"
@@ -16,6 +17,19 @@ def test_readme_help_is_current() -> None:
     assert len(marked(TEXT)) == TEXT.count("<!-- help:"), "a help comment must stand right before a fenced block"
     for command, body in marked(TEXT):
         assert body == help_text(command), f"{command}: run `python scripts/update_docs.py`"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_current(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert len(marked_tables(text)) == text.count("<!-- table:"), "a table ends with <!-- end --> on a line of its own"
+    for name, body in marked_tables(text):
+        assert body == TABLES[name](), f"{document.name}, {name}: run `python scripts/update_docs.py`"
+
+
+def test_every_table_is_shown() -> None:
+    shown = {name for document in DOCUMENTS for name, _ in marked_tables(document.read_text(encoding="utf-8"))}
+    assert shown == set(TABLES)
 
 
 def test_update_rewrites_marked_blocks_only() -> None:

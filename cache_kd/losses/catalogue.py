@@ -1,29 +1,61 @@
-"""In: the table of losses. Out: what each transfers, needs and costs, and its options, for people and programs."""
+"""In: the table of losses and what was measured of them. Out: what each transfers, needs and costs, and its options."""
 
 from __future__ import annotations
 
-import inspect
+import json
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from cache_kd.losses import LOSSES, DistillLoss
+from cache_kd.losses.spec import COMMON, option_defaults, option_types
+
+MEASURED = Path(__file__).with_name("measured.json")
+"""Figures of `scripts/bench/loss_cost.py`, with the setting they belong to."""
+WORDS = {float: "float", int: "int", bool: "bool", str: "str", tuple[str, ...]: "list"}
+
+
+def measured() -> dict[str, Any]:
+    """Return the measured figures: their setting, seconds and memory of a step by loss, bytes of a view by need."""
+    figures: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return figures
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Return one mapping a loss: name, title, paper, needs, protocol, cost, default weight, options."""
-    return [
-        {
-            "name": name,
-            "title": method.title,
-            "paper": method.paper,
-            "needs": sorted(method.needs),
-            "protocol": method.protocol,
-            "cost": method.cost,
-            "default_weight": method.default_weight,
-            "options": _options(method),
-        }
-        for name, method in LOSSES.items()
-    ]
+    """Return one mapping a loss: name, title, paper, needs, reads, bytes, protocol, cost, default weight, options.
+
+    `bytes_a_view`, `step_over_plain` and `memory_over_plain` are None for a loss that was not measured.
+    """
+    figures = measured()
+    return [_entry(name, method, figures) for name, method in LOSSES.items()]
+
+
+def _entry(name: str, method: type[DistillLoss], figures: dict[str, Any]) -> dict[str, Any]:
+    cost = figures["losses"].get(name)
+    sizes = [figures["bytes_a_view"].get(need) for need in method.needs]
+    return {
+        "name": name,
+        "title": method.title,
+        "paper": method.paper,
+        "needs": sorted(method.needs),
+        "reads": sorted(method.reads),
+        "bytes_a_view": None if None in sizes else round(sum(sizes)),
+        "protocol": method.protocol,
+        "cost": method.cost,
+        "step_over_plain": cost and round(cost["step_over_plain"]["median"], 2),
+        "memory_over_plain": cost and round(cost["kept_over_plain"], 2),
+        "default_weight": method.default_weight,
+        "options": _options(method),
+    }
+
+
+def setting() -> str:
+    """Return in words what the measured figures belong to."""
+    figures = measured()
+    return (
+        f"measured {figures['date']} on {figures['machine']}: {figures['student']} from {figures['teacher']}, "
+        f"{figures['data']}, {figures['imgsz']} px, batch {figures['batch']}, fidelity default"
+    )
 
 
 def table() -> str:
@@ -37,23 +69,46 @@ def table() -> str:
         body = [
             f"transfers  {loss['title']}",
             f"paper      {loss['paper']}",
-            f"needs      {', '.join(loss['needs'])}",
+            f"needs      {needs_in_words(loss)}",
             f"options    {options}" + (f" ({allowed})" if allowed else ""),
             f"protocol   {loss['protocol']}",
-            f"cost       {loss['cost']}",
+            f"cost       {cost_in_words(loss)}",
         ]
         entries.append(f"{loss['name']}\n" + textwrap.indent("\n".join(body), "  "))
-    return "\n".join(entries) + "\nuse: cache-kd train --student yolov8n.yaml --loss cwd --loss ld:weight=2"
+    common = "; ".join(f"{name}: {option.allowed.text}" for name, option in COMMON.items())
+    return "\n".join(
+        [
+            *entries,
+            f"every loss: {common}",
+            f"figures: {setting()}",
+            "use: cache-kd train --student yolov8n.yaml --loss cwd --loss ld:weight=2,until=50",
+        ]
+    )
+
+
+def needs_in_words(loss: dict[str, Any]) -> str:
+    """Return what an entry of the catalogue needs, with the bytes of a view that a run reads for it."""
+    size = "" if loss["bytes_a_view"] is None else f" ({loss['bytes_a_view'] / 1e3:.0f} kB a view)"
+    reads = f"; reads {', '.join(loss['reads'])}" if loss["reads"] else ""
+    return ", ".join(loss["needs"]) + size + reads
+
+
+def cost_in_words(loss: dict[str, Any]) -> str:
+    """Return what an entry of the catalogue costs, in words and as measured."""
+    if loss["step_over_plain"] is None:
+        return str(loss["cost"])
+    return (
+        f"{loss['cost']}; {loss['step_over_plain']:.2f} of a plain step, {loss['memory_over_plain']:.2f} of its memory"
+    )
 
 
 def _options(method: type[DistillLoss]) -> dict[str, dict[str, Any]]:
-    parameters = inspect.signature(method.__init__, eval_str=True).parameters.values()
+    types, defaults = option_types(method), option_defaults(method)
     return {
-        parameter.name: {
-            "type": parameter.annotation.__name__,
-            "default": parameter.default,
-            "allowed": method.allowed[parameter.name].text if parameter.name in method.allowed else "",
+        name: {
+            "type": WORDS[kind],
+            "default": ",".join(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name],
+            "allowed": method.allowed[name].text if name in method.allowed else "",
         }
-        for parameter in parameters
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        for name, kind in types.items()
     }

@@ -11,23 +11,19 @@ python scripts/bench/train_step.py --teacher best.pt --data bccd.yaml
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import record
-import torch
+from steps import in_turn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
-from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.training import TrainSettings, distill_plan
-from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.ultralytics_bridge.student import TARGETS
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
 
@@ -41,27 +37,6 @@ class ReadOnlyTrainer(DistillTrainer):
         batch = super().preprocess_batch(batch)
         batch.pop(TARGETS)
         return batch
-
-
-def steps(trainer: Any) -> Iterator[float]:
-    """Yield the seconds of one training step after another, as the trainer's own loop does them."""
-    trainer._setup_train()
-    torch.set_num_threads(cpu_threads())
-    epoch = 0
-    while True:
-        trainer.epoch = epoch
-        trainer._model_train()
-        if hasattr(unwrap_model(trainer.model), "kd_measure"):
-            unwrap_model(trainer.model).kd_measure = False  # once an epoch, not part of a step
-        started = time.perf_counter()
-        for batch in trainer.train_loader:
-            loss, _ = trainer.model(trainer.preprocess_batch(batch))
-            trainer.loss = loss.sum()
-            trainer.loss.backward()
-            trainer.optimizer_step()
-            yield time.perf_counter() - started
-            started = time.perf_counter()
-        epoch += 1
 
 
 @click.command()
@@ -106,14 +81,8 @@ def main(
             trainers[arm] = DistillTrainer(distill_plan(cache, parse_losses(specs), plain), {**settings, "name": arm})
         every = distill_plan(cache, parse_losses(["sl2", "ld"]), plain)
         trainers["cached, no losses"] = ReadOnlyTrainer(every, {**settings, "name": "read"})
-        arms = {arm: steps(trainer) for arm, trainer in trainers.items()}
-        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        names = list(arms)
-        for turn in range(warmup + rounds):
-            for arm in names[turn % len(names) :] + names[: turn % len(names)]:
-                taken = next(arms[arm])
-                if turn >= warmup:
-                    seconds[arm].append(taken)
+        seconds = in_turn(trainers, warmup=warmup, rounds=rounds)
+        names = list(trainers)
         ratios = {
             arm: record.spread([a / b for a, b in zip(seconds[arm], seconds["plain"], strict=True)]) for arm in names
         }
