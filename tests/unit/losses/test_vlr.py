@@ -84,11 +84,19 @@ def test_an_anchor_as_good_as_the_threshold_is_no_part_of_the_region() -> None:
     assert found.tolist() == [[0.0]]
 
 
-def test_of_equally_near_anchors_the_first_are_candidates() -> None:
-    # The middle row of 3x3 cells; the four neighbours of the middle are equally near. The one above is the first, it
-    # has no overlap, and α = 1/6 + 1/6·√2 lets the row in; with a neighbour of the row α would shut the middle out.
-    found = vlr_weights([torch.tensor([[0.0, 8.0, 24.0, 16.0]])], grids=[(3, 3)], strides=[8], octave=1, topk=2)
-    torch.testing.assert_close(found, torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0]]) / 3)
+@pytest.mark.parametrize(
+    ("grid", "top", "region"),
+    [
+        # The neighbours above, left, right, below are equally near. The one above has no overlap: α = 1/6 + 1/6·√2.
+        ((3, 3), 8.0, [0, 0, 0, 1, 1, 1, 0, 0, 0]),
+        # Left, right, below: the left one overlaps as much as the middle, which α = 1/3 shuts out.
+        ((2, 3), 0.0, [1, 0, 1, 0, 0, 0]),
+    ],
+)
+def test_of_equally_near_anchors_the_first_are_candidates(grid: tuple[int, int], top: float, region: list[int]) -> None:
+    box = torch.tensor([[0.0, top, 24.0, top + 8]])
+    found = vlr_weights([box], grids=[grid], strides=[8], octave=1, topk=2)
+    torch.testing.assert_close(found, torch.tensor([region]) / 3)
 
 
 def test_an_anchor_of_several_regions_takes_the_largest_overlap() -> None:
