@@ -162,8 +162,15 @@ def build_loss(spec: LossSpec, teacher: HeadSpec, student: HeadSpec) -> DistillL
 
 
 def option_types(method: type[DistillLoss]) -> dict[str, Any]:
-    """Return {option: annotation} of a method's own options, in the order of its signature."""
-    return {parameter.name: parameter.annotation for parameter in _own_options(method)}
+    """Return {option: type} of a method's own options, in the order of its signature; unannotated: the default's."""
+    return {
+        parameter.name: _default_type(parameter) if parameter.annotation is parameter.empty else parameter.annotation
+        for parameter in _own_options(method)
+    }
+
+
+def _default_type(parameter: inspect.Parameter) -> Any:
+    return tuple[str, ...] if isinstance(parameter.default, tuple) else type(parameter.default)
 
 
 def option_defaults(method: type[DistillLoss]) -> dict[str, Option]:
