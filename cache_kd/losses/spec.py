@@ -116,6 +116,8 @@ def parse_loss(text: str) -> LossSpec:
         if key in COMMON and not COMMON[key].allowed.test(given):
             raise SettingError(f"loss {name}: {key}={given} is not allowed; allowed: {COMMON[key].allowed.text}")
     common: dict[str, Any] = {key: values.pop(key) for key in COMMON if key in values}
+    if common.get("balance") and common.get("weight") == 0:
+        raise SettingError(f"loss {name}: weight=0 cannot be held at balance={common['balance']:g}; allowed: above 0")
     method.check_options(values)
     ordered = tuple((key, values[key]) for key in types if key in values)
     return LossSpec(name, options=ordered, **{"weight": method.default_weight, **common})

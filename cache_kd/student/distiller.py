@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +78,8 @@ class Distiller(nn.Module):
         self.class_map = match_classes(teacher.names, student.names, needed_by=on_logits)
         for loss in self.losses.values():
             loss.connect(head, self.class_map)
-        # In the state, so that a resumed run goes on with them.
-        self.register_buffer("gains", torch.ones(len(specs), dtype=torch.float64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._gains = {spec.name: 1.0 for spec in specs}
+        self._steps = 0
         self._schedules = {spec.name: spec.schedule(0, 1) for spec in specs}
 
     @property
@@ -103,11 +103,7 @@ class Distiller(nn.Module):
     @property
     def weights(self) -> dict[str, float]:
         """The factor of each term now; 0 for one that is switched off."""
-        gains: list[float] = self.get_buffer("gains").tolist()
-        return {
-            name: spec.weight * gain * self._schedules[name]
-            for (name, spec), gain in zip(self.specs.items(), gains, strict=True)
-        }
+        return {name: spec.weight * self._gains[name] * self._schedules[name] for name, spec in self.specs.items()}
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -129,11 +125,10 @@ class Distiller(nn.Module):
 
     def due(self) -> bool:
         """Count a step and return whether the gradients of the terms are to be measured for `rebalance` in it."""
-        steps = self.get_buffer("steps")
-        steps += 1
+        self._steps += 1
         balanced = any(spec.balance for name, spec in self.specs.items() if name in self.active)
         # Often at first, while the weights are only guesses.
-        return balanced and (int(steps) <= BALANCE_EVERY or int(steps) % BALANCE_EVERY == 0)
+        return balanced and (self._steps <= BALANCE_EVERY or self._steps % BALANCE_EVERY == 0)
 
     def rebalance(self, shares: Mapping[str, float]) -> None:
         """Move each balanced term's factor towards the one at which its share of the gradient is its target.
@@ -141,14 +136,21 @@ class Distiller(nn.Module):
         Half of the way on a logarithmic scale, at most fourfold: one batch's gradients are noisy. A schedule lowers the
         ratio of the gradients by as much as it lowers the factor.
         """
-        gains = self.get_buffer("gains")
-        for place, (name, spec) in enumerate(self.specs.items()):
+        for name, spec in self.specs.items():
             share = shares.get(name, 0.0)
             if not spec.balance or not 0 < share < 1 or not self._schedules[name]:
                 continue
             wanted = spec.balance / (1 - spec.balance) * self._schedules[name]
             change = math.sqrt(wanted * (1 - share) / share)
-            gains[place] *= min(max(change, 1 / BALANCE_MOST), BALANCE_MOST)
+            self._gains[name] *= min(max(change, 1 / BALANCE_MOST), BALANCE_MOST)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what a resumed run goes on with beside the adapters: plain numbers."""
+        return {"gains": dict(self._gains), "steps": self._steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what `get_extra_state` returned."""
+        self._gains, self._steps = dict(state["gains"]), int(state["steps"])
 
 
 def _in_float32(said: DetectorOutput) -> DetectorOutput:
