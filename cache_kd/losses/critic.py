@@ -15,14 +15,15 @@ ATTENTION_CELLS = 400
 class SelfAttention(nn.Module):
     """Self-attention over the cells of a map with a residual, the identity until `gain` has left 0 (SAGAN).
 
-    The keys have no bias: the softmax cannot see one.
+    The keys have no bias, which the softmax could not see, and the values none: all that follows here is linear, and a
+    difference of scores would not see it.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.query = nn.Conv2d(channels, channels // 8, 1)
         self.key = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.value = nn.Conv2d(channels, channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1, bias=False)
         self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, features: Tensor) -> Tensor:
