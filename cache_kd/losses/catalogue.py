@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_kd.losses import LOSSES, DistillLoss
+from cache_kd.losses.options import written
 from cache_kd.losses.spec import COMMON, option_defaults, option_types
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -107,7 +108,7 @@ def _options(method: type[DistillLoss]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "type": WORDS[kind],
-            "default": ",".join(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name],
+            "default": written(defaults[name]),
             "allowed": method.allowed[name].text if name in method.allowed else "",
         }
         for name, kind in types.items()

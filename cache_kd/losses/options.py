@@ -52,6 +52,13 @@ LAYERS = Allowed(
 """Rule of `layers`, the option of every method on maps."""
 
 
+def written(value: Option) -> str:
+    """Return a value as a spec writes it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _finite(value: Option) -> float:
     """Return a finite number as it is, and what fails every comparison for anything else."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

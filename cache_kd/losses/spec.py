@@ -11,7 +11,7 @@ from typing import Any
 from cache_kd import losses
 from cache_kd.errors import SettingError, choices
 from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.options import Allowed, Option, at_least, between
+from cache_kd.losses.options import Allowed, Option, at_least, between, written
 from cache_kd.structures import HeadSpec
 
 TRUTH = {"true": True, "false": False}
@@ -43,7 +43,7 @@ class LossSpec:
     def __str__(self) -> str:
         common = [(key, getattr(self, key)) for key in COMMON]
         changed = [(key, value) for key, value in common if key == "weight" or value != COMMON[key].default]
-        return f"{self.name}:" + ",".join(f"{key}={_written(value)}" for key, value in (*changed, *self.options))
+        return f"{self.name}:" + ",".join(f"{key}={written(value)}" for key, value in (*changed, *self.options))
 
     def schedule(self, epoch: int, epochs: int) -> float:
         """Return what the factor is multiplied by in `epoch`, from 0, of `epochs`; 0 when the term is switched off."""
@@ -206,9 +206,3 @@ def _converted(method: type[DistillLoss], key: str, text: str, wanted: Any) -> O
     if wanted is int and allowed:
         rule = rule.replace("finite", "whole")
     raise SettingError(f"loss {method.name}: {key}={text} is not allowed; allowed: {rule}")
-
-
-def _written(value: Option) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -135,13 +135,13 @@ def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]
 
 
 def _balanced(losses: tuple[LossSpec, ...], share: float | None) -> tuple[LossSpec, ...]:
-    """Return the specs, each held at `share` of the gradient unless it names a share of its own."""
+    """Return the specs, each held at `share` of the gradient unless it names a share of its own or is off."""
     if share is None:
         return losses
     rule = COMMON["balance"].allowed
     if not rule.test(share):
         raise SettingError(f"--balance {share:g}; allowed: {rule.text}")
-    return tuple(spec if spec.balance else replace(spec, balance=share) for spec in losses)
+    return tuple(spec if spec.balance or not spec.weight else replace(spec, balance=share) for spec in losses)
 
 
 def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
