@@ -10,7 +10,7 @@ from loss_cases import make_case as build_case
 
 from cache_kd.structures import HeadSpec
 
-pytest.register_assert_rewrite("function_suite")
+pytest.register_assert_rewrite("function_suite", "labelled_suite")
 
 
 @pytest.fixture
