@@ -19,6 +19,8 @@ from cache_kd.pipeline.versions import cpu_threads
 
 BCCD_NAMES = ("RBC", "WBC", "Platelets")
 CORNERS = 8
+TAPS = ("C3", "C4", "6", "8", "12.cv1")
+"""The layers in the caches that hold some."""
 
 
 def copy_split(source: Path, target: Path, split: str, count: int, *, polygons: int | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,30 @@ class Run:
 
     @property
     def adapters(self) -> dict[str, Tensor]:
-        """Every tensor of the distiller."""
-        return dict(unwrap_model(self.trainer.model).kd.state_dict())
+        """Every tensor of the distiller, those of a critic's optimizer too."""
+        return distiller_tensors(self.trainer)
+
+
+def distiller_tensors(trainer: DistillTrainer) -> dict[str, Tensor]:
+    """Return a copy of every value of the distiller's state, as the sidecar file holds it."""
+    return flat(unwrap_model(trainer.model).kd.state_dict())
+
+
+def flat(state: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Return copies of the values of a state dict in which some entries are dicts themselves."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = torch.as_tensor(value).clone()
+    return found
+
+
+def gradients(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's kd_gradients.csv."""
+    with (folder / "kd_gradients.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def train_student(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cached_batches import distilled
 from small_inputs import BCCD_NAMES, build_model, extraction_threads, small_data
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from cache_kd.pipeline.opened import Cache
 from cache_kd.structures import SampleTargets, TargetBatch, Targets, View
 from cache_kd.student.distiller import Distiller
 from cache_kd.ultralytics_bridge.heads import describe_head, detector_output
+from cache_kd.ultralytics_bridge.student import TARGETS
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
 from cache_kd.views.seeding import pixel_hash
 
@@ -210,12 +212,11 @@ def cached_batch(cache: Cache, items: list[tuple[View, int]]) -> TargetBatch:
     return cache.codec.decode({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
 
-def value_and_gradient(
-    distiller: Distiller, student: nn.Module, images: Tensor, targets: TargetBatch
-) -> tuple[float, Tensor]:
-    """Return the one term of `distiller` and its gradient on all parameters of student and adapters, flat."""
-    (term,) = distiller(detector_output(student(images)), targets).values()
-    parameters = [p for p in (*student.parameters(), *distiller.parameters()) if p.requires_grad]
+def value_and_gradient(student: nn.Module, batch: dict[str, Any], targets: TargetBatch) -> tuple[float, Tensor]:
+    """Return the one term of a student and its gradient on all parameters of student and adapters, flat."""
+    total, _ = student.loss({**batch, TARGETS: targets})  # type: ignore[operator]  # of a DetectionModel
+    term = total[-1]
+    parameters = [p for p in student.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(term, parameters, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     return float(term.detach()), torch.cat([gradient.flatten().double() for gradient in flat])
@@ -223,18 +224,21 @@ def value_and_gradient(
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_with_exact_targets_a_loss_and_its_gradient_are_the_live_ones(
-    caches: dict[str, Cache], live: dict[tuple[View, int], SampleTargets], teacher: Teacher, name: str
+    caches: dict[str, Cache], live: dict[tuple[View, int], SampleTargets], name: str
 ) -> None:
     cache, items = caches["exact"], [ITEMS[1], ITEMS[5], ITEMS[IMAGES], ITEMS[-1]]
-    student = build_model("yolov8n.yaml", BCCD_NAMES, seed=1).train()
-    distiller = Distiller([parse_loss(name)], teacher.head, describe_head(student, "student"), seed=0)
-    pixels = np.stack([cache.dataset.sample(view, index).pixels for view, index in items])
-    images = torch.from_numpy(pixels).float() / 255
-    expected, expected_gradient = value_and_gradient(distiller, student, images, live_batch([live[i] for i in items]))
-    value, gradient = value_and_gradient(distiller, student, images, cached_batch(cache, items))
-    assert expected > 0 and expected_gradient.norm() > 0
+    student = build_model("yolov8n.yaml", BCCD_NAMES, seed=1, imgsz=IMGSZ)
+    batch = cache.dataset.collate_fn([cache.dataset.item(view, index) for view, index in items])
+    batch["img"] = batch["img"].float() / 255
+    # Two students of the same weights and adapters: a critic learns from every batch.
+    first, second = (distilled(student, cache, name) for _ in range(2))
+    expected, expected_gradient = value_and_gradient(first, batch, live_batch([live[i] for i in items]))
+    value, gradient = value_and_gradient(second, batch, cached_batch(cache, items))
+    assert expected != 0 and expected_gradient.norm() > 0
     assert value == pytest.approx(expected, rel=1e-3)
-    assert (gradient - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()
+    # The first step of a critic's Adam is a sign: where its slope is next to nothing, rounding decides.
+    relative = 0.05 if name == "ho" else 1e-3
+    assert (gradient - expected_gradient).norm() <= relative * expected_gradient.norm()
 
 
 # -- pixels, repetition, batch size ---------------------------------------------------------------------------------
