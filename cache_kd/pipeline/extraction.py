@@ -28,6 +28,7 @@ from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_uni
 from cache_kd.ultralytics_bridge.data import find_data_file, load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.gate import import_user_modules
+from cache_kd.ultralytics_bridge.scan import CORRUPT
 from cache_kd.ultralytics_bridge.settings import check_settings, default_settings
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
 from cache_kd.views.recipe import RECIPE_KEYS, Recipe
@@ -190,6 +191,8 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
     dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed)
     for fault in dataset.faults:
         say(f"skipped as Ultralytics would: {fault}")
+    for note in dataset.notes:
+        say(f"taken as Ultralytics would: {note}")
     sources = dataset.sources()
     codec = ViewCodec.create(settings.fidelity, teacher.head, imgsz, settings.store)
     identity = {
@@ -345,13 +348,12 @@ def _skipped(dataset: ViewDataset) -> list[str]:
     for fault in dataset.faults:
         for prefix in prefixes:
             fault = fault.replace(prefix, "")
-        cleaned.append(fault.split("ignoring")[0].strip(" :") + ": ignored as corrupt")
+        cleaned.append(fault.partition(CORRUPT)[0] + ": ignored as corrupt")
     return cleaned
 
 
 def _check_place(path: Path, dataset: ViewDataset) -> None:
-    for file in (dataset.im_files[0], dataset.label_files[0]):
-        inside = Path(file).parent
+    for inside in dict.fromkeys(Path(file).parent for file in (*dataset.im_files, *dataset.label_files)):
         if path.resolve().is_relative_to(inside.resolve()):
             raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
 

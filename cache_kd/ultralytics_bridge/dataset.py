@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations, Compose, Mosaic
-from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import img2label_paths
-from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import xywh2xyxy
 
 from cache_kd.errors import InputDataError, SettingError
 from cache_kd.fingerprint import SourceImage, scan_sources
 from cache_kd.structures import View, ViewSample
+from cache_kd.ultralytics_bridge.scan import ScannedDataset
 from cache_kd.views.recipe import Recipe
 from cache_kd.views.seeding import item_seed, random_scope
 
@@ -27,13 +23,12 @@ DECODED_BYTES = 512 << 20
 """Default bound on decoded source images kept in memory by one process; it never changes what an item is."""
 
 
-class ViewDataset(YOLODataset):
+class ViewDataset(ScannedDataset):
     """Ultralytics' training data set with its randomness owned by (seed, view, index).
 
     Differences to the stock set, none of which depends on workers, batch size, order or process:
     mosaic partners are drawn uniformly over all images (the stock rule of `cache=ram`) instead of from a buffer of
-    recent loads; `*.npy` files beside the images are ignored, since they may be stale; label caches are neither read
-    (they are pickles) nor written.
+    recent loads; what `ScannedDataset` says of files beside the images.
     """
 
     def __init__(
@@ -47,7 +42,6 @@ class ViewDataset(YOLODataset):
         decoded_bytes: int = DECODED_BYTES,
     ) -> None:
         self.recipe, self.seed = recipe, seed
-        self.faults: list[str] = []
         settings = recipe.to_json()
         try:
             hyp = get_cfg(overrides={key: value for key, value in settings.items() if value is not None})
@@ -71,26 +65,9 @@ class ViewDataset(YOLODataset):
         except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as error:
             raise InputDataError(f"{data['train']}: {' '.join(str(error).split())}") from error
         self.decoded = DecodedImages(decoded_bytes)
-        # The stock loader prefers these to the image itself; a folder that does not exist switches that off.
-        self.npy_files = [Path("/nonexistent/none.npy")] * self.ni
         self._pipelines = {kind: self._pipeline(View(kind, 0)) for kind in ("mixed", "plain")}
 
     # -- what is loaded ---------------------------------------------------------------------------------------------
-
-    def cache_labels(self, path: Path = Path("labels.cache")) -> dict[str, Any]:
-        """Scan images and labels, write the pickle cache to a throw-away folder, and remember what was skipped."""
-        level = LOGGER.level
-        LOGGER.setLevel(logging.ERROR)  # it would announce the throw-away file; what was skipped is said by `faults`
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                result: dict[str, Any] = super().cache_labels(Path(folder) / path.name)
-        finally:
-            LOGGER.setLevel(level)
-        self.faults = [message for message in result["msgs"] if "ignoring corrupt" in message]
-        return result
-
-    def _load_or_scan_cache(self, cache_path: Path, cache_hash: str) -> tuple[dict[str, Any], bool]:
-        return self.cache_labels(cache_path), False
 
     def sources(self) -> tuple[SourceImage, ...]:
         """Return name and content hashes of every usable image and its label, in the order of indices."""

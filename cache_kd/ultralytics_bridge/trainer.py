@@ -29,6 +29,7 @@ from cache_kd.student.loader import ViewLoader, ViewSampler
 from cache_kd.student.schedule import ViewSchedule
 from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
 from cache_kd.ultralytics_bridge.heads import describe_head
+from cache_kd.ultralytics_bridge.scan import validation_set
 from cache_kd.ultralytics_bridge.student import TARGETS, DistilledMixin, attach_distiller
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
 from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
@@ -90,10 +91,10 @@ class DistillTrainer(DetectionTrainer):
     # -- data -------------------------------------------------------------------------------------------------------
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        stride = max(int(unwrap_model(self.model).stride.max()), 32)
         if mode != "train":
-            return super().build_dataset(img_path, mode, batch)
+            return validation_set(self.args, img_path, batch=batch, data=self.data, mode=mode, stride=stride)
         if self._dataset is None:
-            stride = max(int(unwrap_model(self.model).stride.max()), 32)
             self._dataset = TrainingDataset(
                 self.data,
                 targets=self.plan.targets,
