@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cache_kd.errors import MismatchError, SettingError
-from cache_kd.losses.options import Allowed, Option
+from cache_kd.losses.options import Allowed, Option, written
 from cache_kd.structures import DetectorOutput, FrozenHead, HeadSpec, TargetBatch
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class DistillLoss(nn.Module, ABC):
         for key, value in options.items():
             rule = cls.allowed.get(key)
             if rule is not None and not rule.test(value):
-                raise SettingError(f"loss {cls.name}: {key}={value} is not allowed; allowed: {rule.text}")
+                raise SettingError(f"loss {cls.name}: {key}={written(value)} is not allowed; allowed: {rule.text}")
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Option]) -> frozenset[str]:

@@ -17,7 +17,7 @@ from cache_kd.losses.bckd import bckd_box_loss, bckd_cls_loss
 from cache_kd.losses.boxes import decode_boxes
 from cache_kd.losses.maps import channel_adapters
 from cache_kd.losses.numeric import at_least_float32, comparable, sum_rows
-from cache_kd.losses.options import Allowed, at_least
+from cache_kd.losses.options import Allowed, at_least, whole
 from cache_kd.structures import DetectorOutput, HeadSpec, Tap, TargetBatch
 
 EPSILON = 1e-6
@@ -147,7 +147,7 @@ class CrossKD(DistillLoss):
     protocol = "sigmoid"
     batch_rule = "statistics"
     allowed: ClassVar[Mapping[str, Allowed]] = {
-        "position": Allowed("whole numbers from 0 to 2", lambda value: type(value) is int and 0 <= value <= 2),
+        "position": whole(0, 2),
         "beta": at_least(1),
         "box_weight": at_least(0),
     }

@@ -100,4 +100,3 @@ def channel_adapters(pairs: Sequence[tuple[Tap, Tap]], *, bias: bool = True) -> 
         nn.Identity() if ours.channels == theirs.channels else nn.Conv2d(ours.channels, theirs.channels, 1, bias=bias)
         for ours, theirs in pairs
     )
-

@@ -38,6 +38,12 @@ def from_to_below(low: float, high: float) -> Allowed:
     return Allowed(f"finite numbers from {low:g} to below {high:g}", lambda value: low <= _finite(value) < high)
 
 
+def whole(low: int, high: int | None = None) -> Allowed:
+    """Whole numbers from `low`, up to `high` if given, both included."""
+    words = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
+    return Allowed(words, lambda value: type(value) is int and low <= value <= (value if high is None else high))
+
+
 def one_of(*names: str) -> Allowed:
     """These words only."""
     return Allowed(", ".join(names), lambda value: value in names)

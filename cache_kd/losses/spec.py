@@ -11,7 +11,7 @@ from typing import Any
 from cache_kd import losses
 from cache_kd.errors import SettingError, choices
 from cache_kd.losses.base import DistillLoss
-from cache_kd.losses.options import Allowed, Option, at_least, between, written
+from cache_kd.losses.options import Allowed, Option, at_least, between, whole, written
 from cache_kd.structures import HeadSpec
 
 TRUTH = {"true": True, "false": False}
@@ -90,7 +90,7 @@ COMMON: dict[str, CommonOption] = {
     "weight": CommonOption(float, None, at_least(0)),
     "warmup": CommonOption(float, 0.0, at_least(0)),
     "cosine": CommonOption(float, 1.0, between(0, 1)),
-    "until": CommonOption(int, 0, at_least(0)),
+    "until": CommonOption(int, 0, whole(0)),
     "balance": CommonOption(float, 0.0, between(0, 0.9)),
 }
 """Options that every loss has; the default weight is the method's own."""
@@ -114,7 +114,9 @@ def parse_loss(text: str) -> LossSpec:
         values[key] = _converted(method, key, value, types[key])
     for key, given in values.items():
         if key in COMMON and not COMMON[key].allowed.test(given):
-            raise SettingError(f"loss {name}: {key}={given} is not allowed; allowed: {COMMON[key].allowed.text}")
+            raise SettingError(
+                f"loss {name}: {key}={written(given)} is not allowed; allowed: {COMMON[key].allowed.text}"
+            )
     common: dict[str, Any] = {key: values.pop(key) for key in COMMON if key in values}
     if common.get("balance") and common.get("weight") == 0:
         raise SettingError(f"loss {name}: weight=0 cannot be held at balance={common['balance']:g}; allowed: above 0")
@@ -203,6 +205,4 @@ def _converted(method: type[DistillLoss], key: str, text: str, wanted: Any) -> O
     allowed = COMMON[key].allowed if key in COMMON else method.allowed.get(key)
     words = {str: "a word", bool: "true, false", int: "whole numbers", float: "finite numbers"}
     rule = allowed.text if allowed else words[wanted]
-    if wanted is int and allowed:
-        rule = rule.replace("finite", "whole")
     raise SettingError(f"loss {method.name}: {key}={text} is not allowed; allowed: {rule}")
