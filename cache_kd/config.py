@@ -23,7 +23,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise MissingFileError(f"no such file: {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad dates and endless nesting are not YAMLError
         first_line = str(error).splitlines()[0]
         raise InputDataError(f"{path} is not a YAML file: {first_line}") from None
     if not isinstance(content, dict):

@@ -20,8 +20,8 @@ from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.versions import version_differences
 from cache_kd.ultralytics_bridge.data import load_data
-from cache_kd.ultralytics_bridge.gate import import_user_modules, safe_loading
-from cache_kd.ultralytics_bridge.models import known_model
+from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
+from cache_kd.ultralytics_bridge.models import check_pretrained, check_resumed, check_student
 from cache_kd.ultralytics_bridge.settings import check_settings
 from cache_kd.ultralytics_bridge.trainer import DistillPlan, DistillTrainer, check_pixel_settings, fixed_overrides
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
@@ -94,7 +94,11 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     import_user_modules(settings.imports)
     losses = _losses(settings, cache.manifest)
     say(f"losses: {', '.join(map(str, losses)) or 'none, a plain run on the same views'}")
-    _check_student(settings.student)
+    if extra.get("resume"):
+        check_resumed(Path(settings.student), trusted=settings.trust_student)
+    else:
+        check_student(settings.student, trusted=settings.trust_student)
+        check_pretrained(extra.get("pretrained"), trusted=settings.trust_student)
     data_file = cache.data_file()
     load_data(data_file)
     overrides = {
@@ -110,7 +114,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         overrides["name"] = settings.name
     if not Path(overrides["project"]).is_absolute():
         overrides["project"] = str(Path.cwd() / overrides["project"])
-    with safe_loading(trusted=settings.trust_student):
+    with safe_loading(trusted=settings.trust_student), no_download_entries():
         trainer = DistillTrainer(distill_plan(cache, losses, settings), overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -206,7 +210,7 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
             f"resume={resume}: {record} is missing, so this is no run of cache-kd; resume it with yolo train, or "
             f"start a new run from it: cache-kd train --student {checkpoint}"
         )
-    recorded = read_yaml(record)
+    recorded = _read_record(record)
     asked = _written(settings)
     if asked and asked != recorded["losses"]:
         raise MismatchError(
@@ -230,7 +234,21 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
         trust_student=settings.trust_student,
         imports=settings.imports,
     )
-    return resumed, {**extra, "resume": str(checkpoint)}
+    # The checkpoint names a folder and a teacher, too: a run moved or received from others must not follow them.
+    own = {"save_dir": str(checkpoint.parent.parent), "distill_model": None}
+    return resumed, {**own, **extra, "resume": str(checkpoint)}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return what a run recorded; raises `MismatchError` if that cannot be its record."""
+    recorded = read_yaml(path)
+    losses = recorded.get("losses")
+    faults = [f"{key} is not a text" for key in ("cache", "identity") if not isinstance(recorded.get(key), str)]
+    if not isinstance(losses, list) or not losses or not all(isinstance(loss, str) for loss in losses):
+        faults.append("losses is not a list of texts")
+    if faults:
+        raise MismatchError(f"{path} is not the record of a run: {', '.join(faults)}; start a new run")
+    return recorded
 
 
 def _written(settings: TrainSettings) -> list[str]:
@@ -238,14 +256,3 @@ def _written(settings: TrainSettings) -> list[str]:
     if settings.losses == (NO_LOSSES,):
         return [NO_LOSSES]
     return [str(spec) for spec in _balanced(parse_losses(list(settings.losses)), settings.balance)]
-
-
-def _check_student(student: str) -> None:
-    """Raise unless the student is a file or one of Ultralytics' own model YAMLs; nothing is downloaded."""
-    path = Path(student)
-    if path.suffix not in {".pt", ".yaml", ".yml"}:
-        raise SettingError(f"--student {student}; allowed: a model YAML as yolov8n.yaml, or a checkpoint ending in .pt")
-    if not path.is_file() and (path.suffix == ".pt" or not known_model(student)):
-        raise MissingFileError(
-            f"--student {student}: no such file; allowed: an existing file, or a stock YAML as yolov8n.yaml"
-        )

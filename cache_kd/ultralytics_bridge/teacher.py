@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cache_kd.errors import InputDataError, MissingFileError, SettingError
 from cache_kd.fingerprint import digest_file, digest_tensors
 from cache_kd.losses.vlr import vlr_weights
 from cache_kd.structures import HeadSpec, SampleTargets, ViewSample
-from cache_kd.ultralytics_bridge.gate import safe_loading
+from cache_kd.ultralytics_bridge.gate import announce_trusted, readable, safe_loading
 from cache_kd.ultralytics_bridge.heads import (
     HoldStatistics,
     describe_head,
@@ -28,8 +27,8 @@ from cache_kd.ultralytics_bridge.heads import (
     score_map,
 )
 from cache_kd.ultralytics_bridge.layers import captured, find_layers
+from cache_kd.ultralytics_bridge.structure import digest_structure
 
-LOG = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -42,6 +41,7 @@ class Checkpoint:
     train_args: dict[str, Any]
     file_sha256: str
     weights_sha256: str
+    structure_sha256: str
 
 
 def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
@@ -57,33 +57,19 @@ def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
     """
     if not path.is_file():
         raise MissingFileError(f"teacher {path}: no such file; name an existing checkpoint: --teacher best.pt")
+    if path.suffix != ".pt":
+        raise InputDataError(f"teacher {path} is not a checkpoint; allowed: a file ending in .pt, as best.pt")
     sha256 = digest_file(path)
     if trusted:
-        LOG.warning(
-            "teacher %s (sha256 %s) is loaded as code: %s", path, sha256, ", ".join(_globals(path)) or "nothing"
-        )
-    elif path.suffix != ".pt":
-        raise InputDataError(f"teacher {path} is not a checkpoint; allowed: a file ending in .pt, as best.pt")
-    try:
-        with safe_loading(trusted=trusted):
-            model, content = load_checkpoint(str(path), device="cpu")
-    except Exception as error:  # Ultralytics raises many kinds here; all mean that this file cannot be a teacher
-        foreign = [name for name in _globals(path) if not name.startswith(("ultralytics.", "torch."))]
-        hint = f"; it names {', '.join(foreign[:3])}: --import your_modules.py or --trust-teacher" if foreign else ""
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputDataError(f"teacher {path} is not a usable Ultralytics checkpoint: {reason}{hint}") from error
+        announce_trusted("teacher", path)
+    with safe_loading(trusted=trusted), readable("teacher", path, "--trust-teacher"):
+        model, content = load_checkpoint(str(path), device="cpu")
     if detect_head(model, f"teacher {path}").cv2 is None or is_fused(model):
         raise InputDataError(f"teacher {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return Checkpoint(path, model, dict(content.get("train_args") or {}), sha256, digest_tensors(model.state_dict()))
-
-
-def _globals(path: Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError, OSError):  # not a torch archive: the loader says so itself
-        return []
+    weights, structure = digest_tensors(model.state_dict()), digest_structure(model)
+    return Checkpoint(path, model, dict(content.get("train_args") or {}), sha256, weights, structure)
 
 
 class Teacher:

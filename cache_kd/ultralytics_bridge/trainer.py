@@ -19,7 +19,7 @@ from ultralytics.utils import DEFAULT_CFG, RANK
 from ultralytics.utils.torch_utils import select_device, unwrap_model
 
 from cache_kd.config import to_yaml
-from cache_kd.errors import CacheKDError, MismatchError, SettingError
+from cache_kd.errors import CacheKDError, InputDataError, MismatchError, SettingError
 from cache_kd.losses import LossSpec
 from cache_kd.structures import FrozenHead, HeadSpec, TargetBatch, View
 from cache_kd.student.alarms import TermWatch
@@ -28,6 +28,7 @@ from cache_kd.student.distiller import Distiller
 from cache_kd.student.loader import ViewLoader, ViewSampler
 from cache_kd.student.schedule import ViewSchedule
 from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
+from cache_kd.ultralytics_bridge.gate import checkpoint_globals, readable
 from cache_kd.ultralytics_bridge.heads import describe_head
 from cache_kd.ultralytics_bridge.scan import validation_set
 from cache_kd.ultralytics_bridge.student import TARGETS, DistilledMixin, attach_distiller
@@ -150,7 +151,8 @@ class DistillTrainer(DetectionTrainer):
     # -- model and optimizer ----------------------------------------------------------------------------------------
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
-        model: nn.Module = super().get_model(cfg, weights, verbose)
+        with readable("student", Path(str(self.args.model)), "--trust-student"):
+            model: nn.Module = super().get_model(cfg, weights, verbose)
         names = tuple(str(self.data["names"][index]) for index in range(self.data["nc"]))
         # The data set's names: the model gets them later, and a checkpoint or YAML may bring others.
         levels = {tap.name for tap in self.plan.teacher.taps}
@@ -293,14 +295,33 @@ class DistillTrainer(DetectionTrainer):
         for name in (SIDECAR, f"{SIDECAR}.next"):
             file = self.wdir / name
             if file.exists():
-                held = torch.load(file, map_location=self.device, weights_only=True)
+                held = read_sidecar(file, self.device)
                 if held["epoch"] == ckpt["epoch"]:
-                    distiller.load_state_dict(held["state"])
+                    with _one_line():
+                        distiller.load_state_dict(held["state"])
                     return
         raise MismatchError(
             f"{self.wdir / SIDECAR} does not hold the adapters of epoch {ckpt['epoch'] + 1}, at which "
             f"{self.last} stands; start a new run: cache-kd train --student {self.args.model}"
         )
+
+
+def read_sidecar(path: Path, device: torch.device) -> dict[str, Any]:
+    """Return what an adapters' file holds, {epoch, state}, read as data whatever the student is trusted with.
+
+    Raises:
+        InputDataError: Not such a file, or one that names code.
+    """
+    try:
+        held = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds here; all mean that these are no adapters
+        named = ", ".join(checkpoint_globals(path) or []) or "nothing"
+        raise InputDataError(
+            f"{path} does not hold adapters as data (it names {named}); start a new run, its other files are no use"
+        ) from error
+    if not isinstance(held, dict) or type(held.get("epoch")) is not int or not isinstance(held.get("state"), dict):
+        raise InputDataError(f"{path} does not hold adapters: expected an epoch and their state; start a new run")
+    return held
 
 
 @contextmanager
