@@ -186,19 +186,32 @@ def inspect(cache: Path, as_json: bool) -> None:
 @click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
 @click.option("--sample", default=32, show_default=True, help="Items to run the teacher on.")
 @click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads.")
+@click.option("--repair", is_flag=True, help="Put back what is damaged; targets need --teacher, which extracts them.")
+@click.option("--jobs", type=click.IntRange(1), help="Threads that read and hash; default: the cores, at most 8.")
+@click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Read this share of files.")
+@click.option("--seed", default=0, show_default=True, help="Which files --fraction takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-def verify(cache: Path, as_json: bool, **options: Any) -> None:
+def verify(cache: Path, as_json: bool, repair: bool, jobs: int | None, **options: Any) -> None:
     """Check a cache: manifest, sizes, sha256 and crc32c of everything; on request pixels and targets too.
 
     \b
     cache-kd verify kd_cache/bccd-best-1a2b3c4d
     cache-kd verify kd_cache/bccd-best-1a2b3c4d --pixels --teacher best.pt
+    cache-kd verify kd_cache/bccd-best-1a2b3c4d --repair --teacher best.pt
     """
+    if repair and (options["pixels"] or options["fraction"] < 1):
+        raise click.UsageError("--repair reads every file and no pixels; leave --pixels and --fraction out.")
     with _quiet(as_json):
-        from cache_kd.pipeline.verification import verify as run
+        from cache_kd.pipeline.repair import repair as mend
+        from cache_kd.pipeline.verification import verify as check
+        from cache_kd.pipeline.versions import cpu_threads
 
+        if repair:
+            options = {name: options[name] for name in ("teacher", "data", "trust_teacher")}
+        run: Any = mend if repair else check
         report = run(
             cache,
+            jobs=jobs or min(8, cpu_threads()),
             say=lambda line: click.echo(line, err=as_json),
             progress=None if as_json else Progress("checks"),
             **options,
@@ -258,6 +271,7 @@ class Progress:
             self._shown = done
             if done >= total:
                 self._bar.__exit__(None, None, None)
+                self._bar, self._shown = None, 0
                 click.echo()
             return
         elapsed = time.monotonic() - self.started

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cache_kd.errors import CacheKDError, DamagedCacheError, DiskSpaceError
+from cache_kd.fingerprint import canonical_json, digest_json
 
 TEMPORARY = ".tmp-"
+SEAL = "checksum"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
@@ -30,6 +32,28 @@ def parse_json(data: bytes, where: Path) -> Any:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Return the JSON of `content` with the sha256 of it under "checksum": for files whose hash no other file holds."""
+    return canonical_json({**content, SEAL: digest_json(content)})
+
+
+def open_seal(data: Any) -> dict[str, Any]:
+    """Return the content of a parsed sealed file; raises `DamagedCacheError` if any value of it was changed.
+
+    Spaces and line ends outside of strings may differ: the content is the same.
+    """
+    if not isinstance(data, dict):
+        raise DamagedCacheError("not a JSON object")
+    content = {name: value for name, value in data.items() if name != SEAL}
+    try:
+        found = digest_json(content)
+    except (ValueError, RecursionError) as error:  # infinities, half surrogates, endless nesting
+        raise DamagedCacheError(f"cannot be JSON of ours ({error})") from error
+    if data.get(SEAL) != found:
+        raise DamagedCacheError(f"its {SEAL} is not that of its content: the file was changed after it was written")
+    return content
 
 
 def sha256(data: bytes) -> str:
@@ -67,7 +91,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary = _write_temporary(path, data)
         try:
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
@@ -146,13 +170,13 @@ def read_inside(root: str, relative: str, limit: int) -> bytes:
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:  # an interrupt too leaves nothing behind
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

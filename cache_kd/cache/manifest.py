@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_kd.cache.files import parse_json, read_inside, sha256
+from cache_kd.cache.files import open_seal, parse_json, read_inside, sha256
 from cache_kd.cache.layout import (
     DTYPES,
     FORMAT,
@@ -134,14 +135,18 @@ def read_root(path: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"{path} is not a cache: it has no {ROOT}; make one with `cache-kd extract --teacher best.pt`"
         )
-    content = parse_json(_read(path, ROOT), path / ROOT)
+    again = f"`cache-kd verify {path} --repair` writes it again"
+    try:
+        content = parse_json(_read(path, ROOT), path / ROOT)
+    except DamagedCacheError as error:
+        raise DamagedCacheError(f"{error}; {again}") from error
     attributes = content.get("attributes") if isinstance(content, dict) else None
     ours = attributes.get("cache_kd") if isinstance(attributes, dict) else None
     if not isinstance(ours, dict):
         raise MissingFileError(f"{path} is not a cache of cache-kd: its {ROOT} has no attribute cache_kd")
     if ours.get("format") != FORMAT:
         raise MismatchError(
-            f"{path} has cache format {ours.get('format')!r}, this version reads {FORMAT}; "
+            f"{path / ROOT} has cache format {ours.get('format')!r}, this version reads {FORMAT}; "
             "extract it again with `cache-kd extract`"
         )
     return ours
@@ -158,10 +163,41 @@ def read_manifest(path: Path) -> Manifest:
         raise DamagedCacheError(
             f"{path} is an unfinished cache; run the same `cache-kd extract` again, it goes on where it was"
         )
-    manifest = Manifest.from_json(parse_json(_read(path, NAME), path / NAME), str(path / NAME))
-    if root.get("identity") != manifest.identity:
-        raise DamagedCacheError(f"{path}: {ROOT} and {NAME} name different identities; run `cache-kd verify {path}`")
+    manifest = load_manifest(path)
+    expected = root_attributes(manifest.identity, manifest.columns, manifest.num_images)
+    if differing := sorted(key for key in {*root, *expected} if root.get(key) != expected.get(key)):
+        raise DamagedCacheError(
+            f"{path / ROOT} and {NAME} name different {', '.join(differing)}; "
+            f"`cache-kd verify {path} --repair` writes {ROOT} again"
+        )
     return manifest
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Return the manifest in the folder `path`, whatever else is there; raises `DamagedCacheError` if it is damaged."""
+    where = str(path / NAME)
+    try:
+        data = parse_json(_read(path, NAME), path / NAME)
+        try:
+            content = open_seal(data)
+        except DamagedCacheError as error:
+            raise DamagedCacheError(f"{where}: {error}") from error
+        return Manifest.from_json(content, where)
+    except DamagedCacheError as error:
+        raise DamagedCacheError(
+            f"{error}; the same `cache-kd extract` writes it again from the records of the units"
+        ) from error
+
+
+def root_attributes(identity: Mapping[str, Any], columns: Iterable[Column], num_images: int) -> dict[str, Any]:
+    """Return what the root group says of a cache, complete or not, as JSON gives it back."""
+    content = {
+        "format": FORMAT,
+        "identity": dict(identity),
+        "columns": columns_to_json(columns),
+        "num_images": num_images,
+    }
+    return dict(json.loads(canonical_json(content)))
 
 
 def _read(path: Path, name: str) -> bytes:

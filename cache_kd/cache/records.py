@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cache_kd.cache.files import open_seal, seal
 from cache_kd.cache.layout import FORMAT, ArrayLayout
 from cache_kd.errors import DamagedCacheError
 from cache_kd.fingerprint import canonical_json
@@ -36,15 +37,18 @@ class UnitRecord:
     environment: dict[str, Any]
     files: tuple[FileEntry, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "view": self.view.name,
-            "shard": self.shard,
-            "attempt": self.attempt,
-            "environment": self.environment,
-            "files": [asdict(entry) for entry in self.files],
-        }
+    def content(self) -> bytes:
+        """Return what the record's file holds."""
+        return seal(
+            {
+                "format": FORMAT,
+                "view": self.view.name,
+                "shard": self.shard,
+                "attempt": self.attempt,
+                "environment": self.environment,
+                "files": [asdict(entry) for entry in self.files],
+            }
+        )
 
 
 def record_path(view: View, shard: int) -> str:
@@ -58,7 +62,8 @@ def shards_path(view: View) -> str:
 def parse_record(data: Any, view: View, shard: int, layouts: Mapping[str, ArrayLayout]) -> UnitRecord:
     """Return the record in `data`; raises `DamagedCacheError` unless it is that of this unit and lists its files."""
     fixed = {"format": FORMAT, "view": view.name, "shard": shard}
-    if not isinstance(data, dict) or any(data.get(key) != value for key, value in fixed.items()):
+    data = open_seal(data)
+    if any(data.get(key) != value for key, value in fixed.items()):
         raise DamagedCacheError(f"not the record of unit {view.name} {shard}")
     if type(data.get("attempt")) is not int or not isinstance(data.get("environment"), dict):
         raise DamagedCacheError("attempt or environment is missing")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,34 @@ from typing import Any
 import numpy as np
 
 from cache_kd.cache.creation import DATA
-from cache_kd.cache.files import TEMPORARY, find_leftovers, parse_json, read_inside, sha256
-from cache_kd.cache.layout import CHECKSUM, ArrayLayout, check_metadata, check_with_zarr, teacher_metadata, teacher_path
-from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, ROOT, Manifest, content_digest
-from cache_kd.cache.reader import CacheReader
-from cache_kd.cache.records import FileEntry, shards_path
+from cache_kd.cache.files import TEMPORARY, find_leftovers, open_inside, parse_json, read_inside, sha256
+from cache_kd.cache.layout import CHECKSUM, ArrayLayout, check_metadata, check_with_zarr, layouts, teacher_path
+from cache_kd.cache.listing import (
+    Layouts,
+    listed_files,
+    metadata_files,
+    read_hashed,
+    read_record,
+    recorded_files,
+    unit_numbers,
+)
+from cache_kd.cache.lock import HOLDER, LOCK
+from cache_kd.cache.manifest import (
+    MAX_JSON_BYTES,
+    NAME,
+    ROOT,
+    Manifest,
+    content_digest,
+    load_manifest,
+    read_manifest,
+)
+from cache_kd.cache.records import FileEntry, record_path, shards_path
 from cache_kd.cache.shard import check_frame, parse_index, without_checksum
-from cache_kd.cache.writer import LOCK
 from cache_kd.errors import CacheKDError, DamagedCacheError
 from cache_kd.structures import View
+
+Progress = Callable[[int, int], None]
+Listed = dict[View, dict[str, FileEntry]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +63,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What verification found: files and bytes read, faults, and notes that spoil nothing (files nobody listed)."""
+    """What verification found: shard files and bytes read, faults, notes that spoil nothing (files nobody listed).
+
+    Of `left_out` more shard files only presence and size were looked at.
+    """
 
     path: Path
     files: int
     bytes: int
     faults: tuple[Fault, ...]
     notes: tuple[str, ...]
+    left_out: int = 0
 
     @property
     def ok(self) -> bool:
@@ -60,52 +85,74 @@ class VerifyReport:
             "ok": self.ok,
             "files": self.files,
             "bytes": self.bytes,
+            "left_out": self.left_out,
             "faults": [asdict(fault) for fault in self.faults],
             "notes": list(self.notes),
         }
 
 
-def verify_cache(path: Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+def verify_cache(
+    path: Path, *, jobs: int = 1, fraction: float = 1.0, seed: int = 0, progress: Progress | None = None
+) -> VerifyReport:
     """Read the complete cache at `path` from end to end and return everything that is wrong with it.
 
     Args:
+        jobs: threads that read and hash shard files.
+        fraction: share of the shard files to read, chosen by `seed`; of the others only presence and size are looked
+            at. Everything that is no shard is always read.
         progress: called with (bytes read, bytes in all) after each shard file.
 
     Raises:
         MissingFileError: no cache there. MismatchError: another format. DamagedCacheError: unfinished, or a manifest
             that cannot be read, without which nothing else means anything.
     """
-    reader = CacheReader(path)
-    manifest, root = reader.manifest, os.path.realpath(path)
-    faults = [*_data_faults(reader), *_teacher_faults(root, manifest)]
-    listed: dict[View, dict[str, FileEntry]] = {}
-    for view in manifest.views:
-        try:
-            listed[view] = reader.files(view)
-        except CacheKDError as error:
-            faults.append(Fault(shards_path(view), str(error), view.name, (0, manifest.num_images - 1)))
-    total = sum(entry.bytes for files in listed.values() for entry in files.values())
-    seen = 0
-    for view, files in listed.items():
-        for layout in reader.layouts.values():
-            faults += _metadata_faults(root, f"{layout.folder(view)}", layout.metadata())
-            for shard in range(layout.num_shards):
-                entry = files[layout.shard_path(view, shard)]
-                faults += _shard_faults(root, view, layout, shard, entry)
-                seen += entry.bytes
-                if progress:
-                    progress(seen, total)
+    path = Path(path)
+    manifest, faults = _manifest(path)
+    every, root = layouts(manifest.columns, manifest.num_images, manifest.shard_size), os.path.realpath(path)
+    for file, expected in metadata_files(manifest, every).items():
+        if file != ROOT or not faults:
+            faults += _metadata_faults(root, file, expected)
+    faults += [*_data_faults(root, manifest), *_teacher_faults(root, manifest)]
+    listed, list_faults = _listed(root, manifest, every)
+    faults += [*list_faults, *_record_faults(root, manifest, every, listed)]
+    files = _shard_files(listed, every)
+    chosen = _chosen(len(files), fraction, seed)
+    faults += _all_shard_faults(root, files, chosen, jobs, progress)
     if len(listed) == len(manifest.views):
-        entries = [(entry.path, entry.sha256) for files in listed.values() for entry in files.values()]
+        entries = [(file.entry.path, file.entry.sha256) for file in files]
         if content_digest(manifest.identity, entries) != manifest.digest:
             faults.append(Fault(NAME, "digest is not that of the listed files and the identity"))
-    count = sum(len(files) for files in listed.values())
-    return VerifyReport(Path(path), count, seen, tuple(faults), tuple(_notes(Path(path), manifest, listed)))
+    seen = sum(files[number].entry.bytes for number in chosen)
+    notes = tuple(_notes(path, manifest, listed))
+    return VerifyReport(path, len(chosen), seen, tuple(faults), notes, len(files) - len(chosen))
 
 
-def _data_faults(reader: CacheReader) -> list[Fault]:
+def _manifest(path: Path) -> tuple[Manifest, list[Fault]]:
+    """Return the manifest, and as a fault what is wrong with the root group: the manifest tells all that it does."""
     try:
-        reader.read_data()
+        return read_manifest(path), []
+    except CacheKDError as error:
+        if not os.path.lexists(path / NAME):
+            raise
+        found = load_manifest(path)
+        return found, [Fault(ROOT, str(error).removeprefix(f"{path / ROOT}").lstrip(": ").split("; `cache-kd")[0])]
+
+
+def _metadata_faults(root: str, path: str, expected: dict[str, Any]) -> list[Fault]:
+    """Return what is wrong with a `zarr.json`, as the manifest and, of an array, as zarr-python see it."""
+    try:
+        content = read_inside(root, path, MAX_JSON_BYTES)
+        check_metadata(parse_json(content, Path(path)), expected, path)
+        if expected["node_type"] == "array":
+            check_with_zarr(Path(root, path).parent, expected)
+    except DamagedCacheError as error:
+        return [Fault(path, str(error).removeprefix(f"{path}: "))]
+    return []
+
+
+def _data_faults(root: str, manifest: Manifest) -> list[Fault]:
+    try:
+        read_hashed(root, DATA, manifest.data_sha256)
     except DamagedCacheError as error:
         return [Fault(DATA, str(error))]
     return []
@@ -115,7 +162,6 @@ def _teacher_faults(root: str, manifest: Manifest) -> list[Fault]:
     faults: list[Fault] = []
     for name, array in manifest.arrays.items():
         path = teacher_path(name, len(array.shape))
-        faults += _metadata_faults(root, f"teacher/{name}", teacher_metadata(array.shape, array.dtype))
         try:
             content = read_inside(root, path, math.prod(array.shape) * np.dtype(array.dtype).itemsize + CHECKSUM)
             if sha256(content) != array.sha256:
@@ -126,54 +172,141 @@ def _teacher_faults(root: str, manifest: Manifest) -> list[Fault]:
     return faults
 
 
-def _metadata_faults(root: str, folder: str, expected: dict[str, Any]) -> list[Fault]:
-    """Return what is wrong with an array's `zarr.json`, as the manifest and as zarr-python see it."""
-    path = f"{folder}/{ROOT}"
+def _listed(root: str, manifest: Manifest, every: Layouts) -> tuple[Listed, list[Fault]]:
+    """Return the shard files of each view that can be known, and the lists that are damaged."""
+    listed: Listed = {}
+    faults: list[Fault] = []
+    for view in manifest.views:
+        try:
+            listed[view] = listed_files(root, manifest, every, view)
+        except DamagedCacheError as error:
+            faults.append(Fault(shards_path(view), str(error), view.name, (0, manifest.num_images - 1)))
+            if recorded := recorded_files(root, manifest, every, view):
+                listed[view] = recorded
+    return listed, faults
+
+
+def _record_faults(root: str, manifest: Manifest, every: Layouts, listed: Listed) -> Iterator[Fault]:
+    """Yield the unit records that are lost or wrong: training does not read them, the next extraction does."""
+    for view in manifest.views:
+        for shard in unit_numbers(manifest):
+            first = shard * manifest.shard_size
+            samples = (first, min(first + manifest.shard_size, manifest.num_images) - 1)
+            try:
+                record = read_record(root, every, view, shard)
+                if view in listed and any(listed[view][entry.path] != entry for entry in record.files):
+                    raise DamagedCacheError(f"it lists other files than {shards_path(view)}")
+            except DamagedCacheError as error:
+                yield Fault(record_path(view, shard), str(error), view.name, samples)
+
+
+@dataclass(frozen=True)
+class _ShardFile:
+    """A shard file as it should be."""
+
+    view: View
+    layout: ArrayLayout
+    shard: int
+    entry: FileEntry
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """The first and the last one."""
+        first = self.shard * self.layout.samples
+        return first, first + self.layout.rows(self.shard) - 1
+
+
+def _shard_files(listed: Listed, every: Layouts) -> list[_ShardFile]:
+    return [
+        _ShardFile(view, layout, shard, files[layout.shard_path(view, shard)])
+        for view, files in listed.items()
+        for layout in every.values()
+        for shard in range(layout.num_shards)
+    ]
+
+
+def _chosen(count: int, fraction: float, seed: int) -> Sequence[int]:
+    """Return the numbers of the files to read, ascending; at least one."""
+    if fraction >= 1 or not count:
+        return range(count)
+    return sorted(random.Random(seed).sample(range(count), max(1, round(count * fraction))))
+
+
+def _all_shard_faults(
+    root: str, files: list[_ShardFile], chosen: Sequence[int], jobs: int, progress: Progress | None
+) -> list[Fault]:
+    """Return the faults of all shard files in their order; those not chosen are only measured."""
+    wanted = set(chosen)
+    total = sum(files[number].entry.bytes for number in wanted)
+    seen = 0
+    faults: list[Fault] = []
+
+    def look(number: int) -> list[Fault]:
+        return _shard_faults(root, files[number]) if number in wanted else _size_faults(root, files[number])
+
+    pool = ThreadPoolExecutor(jobs)
     try:
-        content = read_inside(root, path, MAX_JSON_BYTES)
-        check_metadata(parse_json(content, Path(path)), expected, path)
-        check_with_zarr(Path(root, folder), expected)
+        for number, found in enumerate(pool.map(look, range(len(files)))):
+            faults += found
+            if number in wanted:
+                seen += files[number].entry.bytes
+                if progress:
+                    progress(seen, total)
+    finally:  # an interrupt waits for the files in work, not for all the others
+        pool.shutdown(cancel_futures=True)
+    return faults
+
+
+def _size_faults(root: str, file: _ShardFile) -> list[Fault]:
+    try:
+        descriptor = open_inside(root, file.entry.path)
     except DamagedCacheError as error:
-        return [Fault(path, str(error))]
-    return []
+        return [Fault(file.entry.path, str(error), file.view.name, file.samples)]
+    try:
+        return _wrong_size(file, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
 
 
-def _shard_faults(root: str, view: View, layout: ArrayLayout, shard: int, entry: FileEntry) -> list[Fault]:
+def _wrong_size(file: _ShardFile, size: int) -> list[Fault]:
+    if size == file.entry.bytes:
+        return []
+    what = f"{size} bytes, {shards_path(file.view)} says {file.entry.bytes}"
+    return [Fault(file.entry.path, what, file.view.name, file.samples)]
+
+
+def _shard_faults(root: str, file: _ShardFile) -> list[Fault]:
     """Return the faults of one shard file: of the file as a whole, then of each chunk whose bytes fail."""
-    first, rows = shard * layout.samples, layout.rows(shard)
-    everything = (first, first + rows - 1)
+    entry, layout, view, everything = file.entry, file.layout, file.view, file.samples
     try:
         content = read_inside(root, entry.path, entry.bytes)
+        if wrong := _wrong_size(file, len(content)):
+            return wrong
+        index = parse_index(content[len(content) - layout.index_bytes :], len(content), layout, layout.rows(file.shard))
     except DamagedCacheError as error:
         return [Fault(entry.path, str(error), view.name, everything)]
-    if len(content) != entry.bytes:
-        what = f"{len(content)} bytes, {shards_path(view)} says {entry.bytes}"
-        return [Fault(entry.path, what, view.name, everything)]
-    whole_file = sha256(content) == entry.sha256
     faults: list[Fault] = []
-    try:
-        index = parse_index(content[len(content) - layout.index_bytes :], len(content), layout, rows)
-    except DamagedCacheError as error:
-        return [Fault(entry.path, str(error), view.name, everything)]
     for position, (offset, length) in enumerate(index):
         chunk = content[offset : offset + length]
         try:
             without_checksum(chunk)
             check_frame(chunk, layout)
         except DamagedCacheError as error:
-            spoilt = everything if layout.column.whole else (first + position, first + position)
+            spoilt = everything if layout.column.whole else (everything[0] + position, everything[0] + position)
             faults.append(Fault(entry.path, str(error), view.name, spoilt))
-    if not whole_file and not faults:
+    if not faults and sha256(content) != entry.sha256:
         faults.append(Fault(entry.path, "sha256 does not match: another shard's content", view.name, everything))
     return faults
 
 
-def _notes(path: Path, manifest: Manifest, listed: dict[View, dict[str, FileEntry]]) -> Iterator[str]:
+def _notes(path: Path, manifest: Manifest, listed: Listed) -> Iterator[str]:
     """Yield a line for each file that nothing lists."""
     for leftover in find_leftovers(path):
         yield f"{leftover.relative_to(path)}: left behind by a writer that died; the next extraction deletes it"
+    if os.path.lexists(path / HOLDER):
+        yield f"{HOLDER}: a writer is at work, or one died; the next extraction replaces it"
     known = {entry.path for files in listed.values() for entry in files.values()}
-    known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, LOCK}
+    known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, LOCK, HOLDER}
     known |= {teacher_path(name, len(array.shape)) for name, array in manifest.arrays.items()}
     views = {view.name for view in manifest.views}
     for folder, _, names in os.walk(path):

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self, final
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from cache_kd.cache import creation
 from cache_kd.cache.files import (
@@ -19,10 +18,12 @@ from cache_kd.cache.files import (
     make_folder,
     parse_json,
     read_inside,
+    seal,
     sha256,
     write_atomic,
 )
-from cache_kd.cache.layout import FORMAT, ArrayLayout, check_columns, group_metadata, layouts, length_name, shard_size
+from cache_kd.cache.layout import FORMAT, check_columns, group_metadata, layouts, shard_size
+from cache_kd.cache.lock import WriterLock, lock_cache
 from cache_kd.cache.manifest import (
     MAX_JSON_BYTES,
     NAME,
@@ -33,12 +34,11 @@ from cache_kd.cache.manifest import (
     read_manifest,
 )
 from cache_kd.cache.records import FileEntry, UnitRecord, parse_record, record_path, shards_json, shards_path
-from cache_kd.cache.shard import encode_shard, tail_checksum
-from cache_kd.errors import CacheKDError, DamagedCacheError, InputDataError, SettingError
+from cache_kd.cache.units import check_rows, encode_unit, measure_rows
+from cache_kd.errors import CacheKDError, DamagedCacheError, SettingError
 from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
 
-LOCK = ".lock"
 _GIVEN = ("teacher", "head", "codec", "imgsz", "seed", "recipe", "environment")
 _LISTED = 8
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 class CacheWriter:
     """Writes one cache; only one writer has it open at a time. Get one from `open_or_create`."""
 
-    def __init__(self, path: Path, start: creation.Start, arrays: dict[str, TeacherArray], lock: FileLock) -> None:
+    def __init__(self, path: Path, start: creation.Start, arrays: dict[str, TeacherArray], lock: WriterLock) -> None:
         self.path = path
         self._start = start
         self._arrays = arrays
@@ -86,9 +86,9 @@ class CacheWriter:
         start = creation.Start(identity, data, tuple(columns), num_images, teacher_arrays)
         creation.check_folder(path)
         make_folder(path)
-        lock = _lock(path)
+        lock = lock_cache(path)
         try:
-            arrays = creation.create_or_check(path, start)
+            start, arrays = creation.create_or_check(path, start)
         except BaseException:
             lock.release()
             raise
@@ -132,17 +132,21 @@ class CacheWriter:
             raise SettingError(
                 f"no shard {shard} of {view.name}: a cache of {self.num_images} images has {len(self.units(view))}"
             )
-        self._check_rows(rows, shard)
+        check_rows(rows, self._start.columns, self.samples(shard), shard)
         self._hold()
         attempt = self._attempts(view, shard) + 1
         if record := self._finished(view, shard):
             return record
         self._describe(view)
-        files = tuple(self._write_shard(view, shard, layout, rows) for layout in self._layouts.values())
-        record = UnitRecord(view, shard, attempt, environment, files)
+        files = []
+        for entry, content in encode_unit(rows, self._layouts, view, shard):
+            make_folder((self.path / entry.path).parent)
+            write_atomic(self.path / entry.path, content)
+            files.append(entry)
+        record = UnitRecord(view, shard, attempt, environment, tuple(files))
         target = self.path / record_path(view, shard)
         make_folder(target.parent)
-        if not create_only(target, canonical_json(record.to_json())):
+        if not create_only(target, record.content()):
             raise CacheKDError(f"{target}: another writer recorded this unit meanwhile; run the same command again")
         return record
 
@@ -168,9 +172,13 @@ class CacheWriter:
             shards[view.name] = sha256(content)
             self._publish(self.path / shards_path(view), content)
         result = self._manifest(every, shards, entries, manifest)
-        self._publish(self.path / NAME, canonical_json(result.to_json()))
+        self._publish(self.path / NAME, seal(result.to_json()))
         self.close()
         return result
+
+    def sign(self) -> None:
+        """Show other machines that this writer lives; see `WriterLock`. Call it with every batch, it costs nothing."""
+        self._lock.sign()
 
     def close(self) -> None:
         """Let other writers in; writing again takes the lock again."""
@@ -186,21 +194,7 @@ class CacheWriter:
 
     def _hold(self) -> None:
         if not self._lock.is_locked:
-            self._lock = _lock(self.path)
-
-    def _check_rows(self, rows: dict[str, list[np.ndarray]], shard: int) -> None:
-        names = [column.name for column in self._start.columns]
-        if set(rows) != set(names):
-            raise InputDataError(f"rows of columns {', '.join(sorted(rows))}; expected {', '.join(sorted(names))}")
-        count = len(self.samples(shard))
-        for column in self._start.columns:
-            if len(rows[column.name]) != count:
-                raise InputDataError(
-                    f"column {column.name!r}: {len(rows[column.name])} rows, shard {shard} has {count} samples"
-                )
-            for index, row in zip(self.samples(shard), rows[column.name], strict=True):
-                if fault := _row_fault(row, column):
-                    raise InputDataError(f"column {column.name!r}, sample {index}: {fault}")
+            self._lock = lock_cache(self.path)
 
     def _describe(self, view: View) -> None:
         """Write the view's group and array metadata unless they are there."""
@@ -215,27 +209,9 @@ class CacheWriter:
             self._publish(self.path / layout.folder(view) / "zarr.json", canonical_json(layout.metadata()))
         self._described.add(view)
 
-    def _write_shard(self, view: View, shard: int, layout: ArrayLayout, rows: dict[str, list[np.ndarray]]) -> FileEntry:
-        content = encode_shard(self._values(layout, rows), layout)
-        relative = layout.shard_path(view, shard)
-        make_folder((self.path / relative).parent)
-        write_atomic(self.path / relative, content)
-        return FileEntry(relative, len(content), sha256(content), tail_checksum(content, layout))
-
-    def _values(self, layout: ArrayLayout, rows: dict[str, list[np.ndarray]]) -> list[np.ndarray]:
-        """Return the rows of one array: a column's own, or the lengths of a ragged one."""
-        name = layout.column.name
-        if name in rows:
-            return rows[name]
-        ragged = next(column for column in self._start.columns if column.ragged and length_name(column.name) == name)
-        return [np.array(len(row), "<u4") for row in rows[ragged.name]]
-
     def measure(self, rows: dict[str, list[np.ndarray]]) -> dict[str, int]:
         """Return the bytes that these rows of a few samples would take on disk, by array; nothing is written."""
-        return {
-            layout.column.name: len(encode_shard(self._values(layout, rows), layout))
-            for layout in self._layouts.values()
-        }
+        return measure_rows(rows, self._layouts)
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Write `content` unless the file holds it already: topping up touches no file of an older view."""
@@ -336,26 +312,3 @@ class CacheWriter:
         }
         where = f"{self.path / NAME} as it would be written"
         return Manifest.from_json(parse_json(canonical_json(plain), self.path / NAME), where)
-
-
-def _row_fault(row: np.ndarray, column: Column) -> str:
-    if row.dtype != np.dtype(column.dtype):
-        return f"dtype {row.dtype.str[1:]}, expected {column.dtype}"
-    if column.ragged:
-        if row.ndim != 1 or len(row) > column.shape[0]:
-            return f"shape {row.shape}, expected one axis of at most {column.shape[0]}"
-    elif row.shape != column.shape:
-        return f"shape {row.shape}, expected {column.shape}"
-    return ""
-
-
-def _lock(path: Path) -> FileLock:
-    lock = FileLock(path / LOCK)
-    with clear_errors(path / LOCK, "locking"):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise CacheKDError(
-                f"another extraction is writing {path}; wait for it to end, or stop it, and run this again"
-            ) from error
-    return lock

@@ -116,8 +116,13 @@ class Cache:
         """Return the data file: the one given, else the recorded one, found."""
         if self._data is not None:
             return self._data
-        beside = (self.path.parent, self.path.parent.parent)
-        return find_data_file(str(self.manifest.teacher["data"]), beside=beside, purpose=f"cache {self.path}")
+        return recorded_data_file(self.path, self.manifest)
+
+
+def recorded_data_file(path: Path, manifest: Manifest) -> Path:
+    """Return the data file that the extraction used: as recorded, beside the cache, or in the working directory."""
+    beside = (path.parent, path.parent.parent)
+    return find_data_file(str(manifest.teacher["data"]), beside=beside, purpose=f"cache {path}")
 
 
 def open_cache(path: Path | str | None = None, *, data: Path | str | None = None) -> Cache:

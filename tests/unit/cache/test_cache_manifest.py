@@ -11,7 +11,7 @@ import pytest
 from cache_cases import ENVIRONMENT, GIVEN, IDENTITY, MIXED, SMALL, open_writer, rows_of, write_views
 
 from cache_kd.cache import CacheReader, Manifest, find_caches, read_manifest, verify_cache
-from cache_kd.cache.files import sha256
+from cache_kd.cache.files import open_seal, seal, sha256
 from cache_kd.errors import DamagedCacheError, SettingError
 from cache_kd.fingerprint import canonical_json
 from cache_kd.structures import View
@@ -19,7 +19,8 @@ from cache_kd.structures import View
 
 @pytest.fixture
 def content(cache: Path) -> dict[str, Any]:
-    return dict(json.loads((cache / "manifest.json").read_bytes()))
+    """What the manifest says, without its own checksum."""
+    return open_seal(json.loads((cache / "manifest.json").read_bytes()))
 
 
 def test_manifest_reads_back_equal(cache: Path, content: dict[str, Any]) -> None:
@@ -97,12 +98,14 @@ def test_a_manifest_that_is_no_json_is_one_line(cache: Path, text: bytes) -> Non
 def test_a_manifest_of_another_cache_is_refused(cache: Path, tmp_path: Path) -> None:
     write_views(tmp_path / "other", MIXED, identity={"seed": 4})
     (cache / "manifest.json").write_bytes((tmp_path / "other/manifest.json").read_bytes())
-    with pytest.raises(DamagedCacheError, match="name different identities"):
+    with pytest.raises(
+        DamagedCacheError, match=r"zarr\.json and manifest\.json name different identity; `cache-kd verify .* --repair`"
+    ):
         CacheReader(cache)
 
 
 def test_a_wrong_digest_is_found_by_verification(cache: Path, content: dict[str, Any]) -> None:
-    (cache / "manifest.json").write_bytes(canonical_json({**content, "digest": "0" * 64}))
+    (cache / "manifest.json").write_bytes(seal({**content, "digest": "0" * 64}))
     assert [fault.file for fault in verify_cache(cache).faults] == ["manifest.json"]
 
 

@@ -17,7 +17,7 @@ import pytest
 from cache_cases import MIXED, NUM_IMAGES, PLAIN, SMALL, rows_of, write_views
 
 from cache_kd.cache import CacheReader, layout, reader, verify_cache
-from cache_kd.cache.files import sha256
+from cache_kd.cache.files import open_seal, seal, sha256
 from cache_kd.cache.layout import ArrayLayout
 from cache_kd.cache.shard import decode_chunk, encode_shard, read_index, with_checksum
 from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError, SettingError
@@ -311,7 +311,9 @@ def test_a_changed_list_of_files_is_an_error(cache: Path) -> None:
     assert [fault.file for fault in verify_cache(cache).faults] == ["views/mixed-0000/shards.json"]
     path.write_bytes(good)
     edit_json(path, lambda content: content["files"][0].update(path="../../../etc/passwd"))
-    edit_json(cache / "manifest.json", lambda m: m["shards"].update({"mixed-0000": sha256(path.read_bytes())}))
+    manifest = open_seal(json.loads((cache / "manifest.json").read_bytes()))
+    manifest["shards"]["mixed-0000"] = sha256(path.read_bytes())
+    (cache / "manifest.json").write_bytes(seal(manifest))
     with pytest.raises(DamagedCacheError, match="the files listed are not those of the layout"):
         CacheReader(cache).read_row(MIXED, "half", 0)
 
