@@ -57,14 +57,17 @@ class SourceImage:
 
 def scan_sources(images: Iterable[str], labels: Iterable[str]) -> tuple[SourceImage, ...]:
     """Return content hashes (blake2b-128) of image and label files in their order; a missing label hashes to ""."""
-    pairs = [(Path(image), Path(label)) for image, label in zip(images, labels, strict=True)]
+    # A list of images in a text file may name some by absolute and some by relative paths.
+    pairs = [(Path(image).absolute(), Path(label)) for image, label in zip(images, labels, strict=True)]
     root = _common_folder([image for image, _ in pairs])
 
     def scan(pair: tuple[Path, Path]) -> SourceImage:
         image, label = pair
         content = image.read_bytes()
         label_hash = _short_hash(label.read_bytes()) if label.is_file() else ""
-        return SourceImage(image.relative_to(root).as_posix(), len(content), _short_hash(content), label_hash)
+        # A name that is not UTF-8 cannot stand in JSON as it is.
+        name = image.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
+        return SourceImage(name, len(content), _short_hash(content), label_hash)
 
     with ThreadPoolExecutor(8) as pool:
         return tuple(pool.map(scan, pairs))

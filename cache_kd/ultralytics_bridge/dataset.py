@@ -22,6 +22,9 @@ from cache_kd.views.seeding import item_seed, random_scope
 DECODED_BYTES = 512 << 20
 """Default bound on decoded source images kept in memory by one process; it never changes what an item is."""
 
+MESSAGE = 600
+"""Most characters of an error of Ultralytics' that are shown: it may list every image."""
+
 
 class ViewDataset(ScannedDataset):
     """Ultralytics' training data set with its randomness owned by (seed, view, index).
@@ -62,8 +65,12 @@ class ViewDataset(ScannedDataset):
                 classes=settings["classes"],
                 fraction=settings["fraction"] if settings["fraction"] is not None else 1.0,
             )
+        except InputDataError:
+            raise
         except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as error:
-            raise InputDataError(f"{data['train']}: {' '.join(str(error).split())}") from error
+            text = " ".join(str(error).split())  # of every image where none can be used
+            shown = text if len(text) <= MESSAGE else f"{text[:MESSAGE]} …"
+            raise InputDataError(f"{data['train']}: {shown}") from error
         self.decoded = DecodedImages(decoded_bytes)
         self._pipelines = {kind: self._pipeline(View(kind, 0)) for kind in ("mixed", "plain")}
 

@@ -14,6 +14,8 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import get_split_fraction
 from ultralytics.utils import LOGGER, colorstr
 
+from cache_kd.errors import InputDataError
+
 LOG = logging.getLogger(__name__)
 CORRUPT = ": ignoring corrupt image/label"
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -44,9 +46,14 @@ class ScannedDataset(YOLODataset):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 result: dict[str, Any] = super().cache_labels(Path(folder) / path.name)
+        except ValueError:  # it would name the throw-away file
+            label = _printable(self.label_files[0])
+            raise InputDataError(
+                f"{self.img_path}: no image has a label; allowed: a text file an image, for the first of them {label}"
+            ) from None
         finally:
             LOGGER.setLevel(level)
-        said = [message.replace("\n", "\\n") for message in result["msgs"]]
+        said = [_printable(message) for message in result["msgs"]]
         self.faults = [message for message in said if CORRUPT in message]
         self.notes = [message for message in said if CORRUPT not in message]
         return result
@@ -95,6 +102,11 @@ def _verify_untouched(verify: Callable[[tuple[Any, ...]], Any], arguments: tuple
         found, *facts, message = verify((copy, *arguments[1:]))
     message = message.replace("corrupt JPEG restored and saved", "JPEG without its end marker, read as it is")
     return [found and image, *facts, message.replace(copy, image)]
+
+
+def _printable(text: str) -> str:
+    """Return text that may hold the name of a file in one line that can be written anywhere."""
+    return text.replace("\n", "\\n").encode(errors="backslashreplace").decode()
 
 
 def _would_be_replaced(image: str) -> bool:
