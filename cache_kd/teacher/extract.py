@@ -100,6 +100,7 @@ def extract_units(
             for name, values in row.items():
                 rows.setdefault(name, []).append(values)
         seconds += time.perf_counter() - started
+        writer.sign()
         if last:
             writer.write_unit(unit.view, unit.shard, rows, environment)
             rows = {}

@@ -1,0 +1,153 @@
+"""In: a cache's folder. Out: the right to write it, held by one process at a time, or the line that says who has it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, final
+
+from filelock import FileLock, Timeout
+
+from cache_kd.cache.files import clear_errors, create_only, parse_json, read_inside, write_atomic
+from cache_kd.errors import CacheKDError, DamagedCacheError
+from cache_kd.fingerprint import canonical_json
+
+LOCK = ".lock"
+HOLDER = ".writer.json"
+STALE_SECONDS = 600.0
+_SIGN_SECONDS = 15.0
+_MAX_BYTES = 4096
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@final
+class WriterLock:
+    """The right to write one cache; get it from `lock_cache`.
+
+    On one machine the kernel decides: the lock on `.lock` ends with its process, however that dies, so a dead owner's
+    lock is taken over at once. Over a network mount that lock may bind each machine alone. So the owner also keeps
+    `.writer.json`: machine, process, start, and, as the file's time, its last sign of life, given with every batch.
+    Another machine's record is respected for ten minutes after that sign, by the clock of the file system, and then
+    taken over: nobody has to delete anything. Should two owners write at once all the same (one that stood still for
+    longer than that and woke up), they do the same units: records are created once, and equal input gives equal bytes.
+    """
+
+    def __init__(self, path: Path, lock: FileLock, record: bytes) -> None:
+        self._path = path
+        self._file = path / HOLDER
+        self._lock = lock
+        self._record = record
+        self._signed = time.monotonic()
+
+    @property
+    def is_locked(self) -> bool:
+        return self._lock.is_locked
+
+    def sign(self) -> None:
+        """Give a sign of life, at most every few seconds; call it far oftener than every ten minutes."""
+        if self.is_locked and time.monotonic() - self._signed >= _SIGN_SECONDS:
+            self._signed = time.monotonic()
+            _touch(self._file)
+
+    def release(self) -> None:
+        """Let others write. The record goes first, and only if it is still this one's."""
+        if not self.is_locked:
+            return
+        try:
+            if _content(self._path) == self._record:
+                with clear_errors(self._file, "deleting"):
+                    self._file.unlink(missing_ok=True)
+        finally:
+            self._lock.release()
+
+
+def lock_cache(path: Path) -> WriterLock:
+    """Return the held lock of the one who may write the cache at `path`; raises `CacheKDError` if another has it."""
+    lock = FileLock(path / LOCK)
+    with clear_errors(path / LOCK, "locking"):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise _refusal(path, _read(path), "") from error
+    try:
+        return WriterLock(path, lock, _record(path))
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _record(path: Path) -> bytes:
+    """Write who holds the lock and return that; raises `CacheKDError` if another machine's record is fresh."""
+    file = path / HOLDER
+    own = {"host": platform.node(), "machine": _machine(), "pid": os.getpid(), "start": _now()}
+    content = canonical_json(own)
+    if create_only(file, content):
+        return content
+    found = _read(path)
+    if found.get("machine") != own["machine"]:
+        age = _age(path, file)
+        if 0 <= age < STALE_SECONDS:
+            rest = f" ({age:.0f} s ago it was at work; silent for {STALE_SECONDS:.0f} s, its lock is taken over)"
+            raise _refusal(path, found, rest)
+    write_atomic(file, content)
+    return content
+
+
+def _refusal(path: Path, holder: dict[str, Any], rest: str) -> CacheKDError:
+    who = "another process"
+    if holder:
+        who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('start')},"
+    return CacheKDError(
+        f"another extraction is writing {path}: {who} has its lock{rest}; wait for it to end, or stop it, and run "
+        "this again"
+    )
+
+
+def _machine() -> str:
+    """Return what tells this machine's running system from all others: containers on it share its locks."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _age(path: Path, file: Path) -> float:
+    """Return the seconds since `file` was touched, both moments by the clock that stamps files there."""
+    probe = path / LOCK
+    with clear_errors(probe, "touching"):
+        os.utime(probe)
+        try:
+            return probe.stat().st_mtime - file.stat().st_mtime
+        except FileNotFoundError:
+            return -1.0
+
+
+def _touch(file: Path) -> None:
+    with clear_errors(file, "touching"):
+        try:
+            os.utime(file)
+        except FileNotFoundError:  # another machine took the lock over and is done; what is written stays right
+            return
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_inside(os.path.realpath(path), HOLDER, _MAX_BYTES)
+    except DamagedCacheError:
+        return b""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the record in the cache at `path`; {} if there is none that can be read, which counts as nobody's."""
+    try:
+        found = parse_json(_content(path), path / HOLDER)
+    except DamagedCacheError:
+        return {}
+    return found if isinstance(found, dict) else {}
