@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from cache_kd.errors import MismatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ABSENT = object()
+_HASH = re.compile(r"[0-9a-f]{32,128}")
+_LISTED, _SHOWN, _SHOWN_HASH = 6, 60, 12
 
 
 def canonical_json(content: Any) -> bytes:
@@ -84,23 +89,128 @@ def digest_sources(sources: Iterable[SourceImage]) -> dict[str, Any]:
 
 
 def compare_sources(recorded: Iterable[SourceImage], found: Iterable[SourceImage]) -> None:
-    """Raise `MismatchError` naming the first image or label that differs in content, order or number."""
-    before, after = list(recorded), list(found)
-    for index, (old, new) in enumerate(zip(before, after, strict=False)):
-        what = "image" if old.image != new.image else "label" if old.label != new.label else None
-        if what and len(before) == len(after):
-            raise MismatchError(
-                f"the {what} of item {index} ({new.path}) is not the one that the teacher saw ({old.path}: content "
-                f"{(old.image if what == 'image' else old.label) or 'absent'}, now "
-                f"{(new.image if what == 'image' else new.label) or 'absent'}); restore it or run cache-kd extract"
-            )
-    if len(before) != len(after):
-        extra = {row.path for row in after} ^ {row.path for row in before}
-        example = f", for example {min(extra)}" if extra else ""
+    """Raise `MismatchError` that names what differs: images and labels changed, gone, new or in another order."""
+    if changes := source_changes(recorded, found):
         raise MismatchError(
-            f"the data set has {len(after)} usable images, the cache was extracted from {len(before)}{example}; "
-            "restore them or run cache-kd extract again"
+            f"the data set is not the one that the teacher saw: {listed(changes)}; restore it, or extract again: "
+            "cache-kd extract"
         )
+
+
+def source_changes(recorded: Iterable[SourceImage], found: Iterable[SourceImage]) -> list[str]:
+    """Return one phrase for each difference between two ordered sets of images; names of files alone make none."""
+    before, after = list(recorded), list(found)
+    pairs = _same_images(before, after)
+    gone = dict(enumerate(before))
+    new = dict(enumerate(after))
+    for old, now in pairs:
+        del gone[old], new[now]
+    changes = []
+    if len(before) != len(after):
+        changes.append(f"{len(before)} usable images there, {len(after)} now")
+    for old, now in _same_files(gone, new, by_index=len(before) == len(after)):
+        row = new.pop(now)
+        changes.append(f"the image of item {now} ({row.path}) changed: {_content(gone.pop(old).image, row.image)}")
+    changes += [f"image {row.path} (item {index} there) is gone" for index, row in gone.items()]
+    changes += [f"image {row.path} (item {index} now) is new" for index, row in new.items()]
+    # Among the images that are in both, only the order counts: one that is gone moves all that follow.
+    for (old, _), now in zip(pairs, sorted(now for _, now in pairs), strict=True):
+        if before[old].image != after[now].image:
+            changes.append(
+                f"other order: item {old} was {before[old].path}, item {now} is {after[now].path} "
+                f"({_content(before[old].image, after[now].image)})"
+            )
+    for old, now in pairs:
+        if before[old].label != after[now].label:
+            labels = _content(before[old].label, after[now].label)
+            changes.append(f"the label of item {now} ({after[now].path}) changed: {labels}")
+    return changes
+
+
+def _same_images(before: list[SourceImage], after: list[SourceImage]) -> list[tuple[int, int]]:
+    """Return (index before, index after) of images of equal content, ascending before; equal indices go first."""
+    pairs = [(i, i) for i, (old, new) in enumerate(zip(before, after, strict=False)) if old.image == new.image]
+    paired = {index for index, _ in pairs}
+    waiting: dict[str, list[int]] = {}
+    for index in reversed(range(len(after))):
+        if index not in paired:
+            waiting.setdefault(after[index].image, []).append(index)
+    for index, row in enumerate(before):
+        if index not in paired and waiting.get(row.image):
+            pairs.append((index, waiting[row.image].pop()))
+    return sorted(pairs)
+
+
+def _same_files(
+    gone: Mapping[int, SourceImage], new: Mapping[int, SourceImage], *, by_index: bool
+) -> list[tuple[int, int]]:
+    """Return (index before, index after) of files that kept their name or, with `by_index`, their place."""
+    names = {row.path: index for index, row in new.items()}
+    pairs = [(index, names.pop(row.path)) for index, row in gone.items() if row.path in names]
+    if by_index:
+        old, now = {index for index, _ in pairs}, {index for _, index in pairs}
+        pairs += [(index, index) for index in gone if index in new and index not in old | now]
+    return sorted(pairs)
+
+
+def _content(there: str, now: str) -> str:
+    return f"content {there[:_SHOWN_HASH] or 'absent'} there, {now[:_SHOWN_HASH] or 'absent'} now"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A part in which two identities differ: its dotted name, the value there and the one wanted, or `ABSENT`."""
+
+    part: str
+    there: Any
+    wanted: Any
+
+    def __str__(self) -> str:
+        return f"{self.part}: {_shown(self.there)} there, {_shown(self.wanted)} wanted"
+
+
+class OtherIdentityError(MismatchError):
+    """A cache was made of something else; `differences` says of what."""
+
+    def __init__(self, message: str, differences: tuple[Difference, ...] = ()) -> None:
+        super().__init__(message)
+        self.differences = differences
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Return the leaves of nested tables that differ, in the order of their dotted names."""
+    old, new = _leaves(there), _leaves(wanted)
+    return tuple(
+        Difference(part, old.get(part, ABSENT), new.get(part, ABSENT))
+        for part in sorted({*old, *new})
+        if old.get(part, ABSENT) != new.get(part, ABSENT)
+    )
+
+
+def listed(items: Iterable[object]) -> str:
+    """Return the first few as one phrase, and how many more there are."""
+    texts = [str(item) for item in items]
+    more = [f"and {len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
+    return "; ".join(texts[:_LISTED] + more)
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    if value is ABSENT:
+        return "nothing"
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:_SHOWN_HASH]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _short_hash(content: bytes) -> str:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache_kd.cache.files import TEMPORARY, make_folder, read_inside, sha256, sweep, write_atomic
-from cache_kd.cache.layout import DTYPES, FORMAT, check_array_name, group_metadata, teacher_metadata, teacher_path
-from cache_kd.cache.manifest import MAX_JSON_BYTES, ROOT, TeacherArray, columns_to_json, read_root
+from cache_kd.cache.files import (
+    TEMPORARY,
+    clear_errors,
+    make_folder,
+    parse_json,
+    read_inside,
+    sha256,
+    sweep,
+    write_atomic,
+)
+from cache_kd.cache.layout import DTYPES, check_array_name, group_metadata, teacher_metadata, teacher_path
+from cache_kd.cache.lock import HOLDER, LOCK
+from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, ROOT, TeacherArray, load_manifest, read_root, root_attributes
 from cache_kd.cache.shard import with_checksum
-from cache_kd.errors import MismatchError, SettingError
-from cache_kd.fingerprint import canonical_json
+from cache_kd.errors import DamagedCacheError, MismatchError, SettingError
+from cache_kd.fingerprint import (
+    Difference,
+    OtherIdentityError,
+    SourceImage,
+    canonical_json,
+    differences,
+    listed,
+    source_changes,
+)
 from cache_kd.structures import Column
 
 DATA = "data.json"
-_SHOWN = 60
+OWN = (LOCK, HOLDER)
 
 
 @dataclass(frozen=True)
@@ -34,13 +52,7 @@ class Start:
 
     def attributes(self) -> dict[str, Any]:
         """Return what the root group says of this cache, as JSON gives it back."""
-        content = {
-            "format": FORMAT,
-            "identity": self.identity,
-            "columns": columns_to_json(self.columns),
-            "num_images": self.num_images,
-        }
-        return dict(json.loads(canonical_json(content)))
+        return root_attributes(self.identity, self.columns, self.num_images)
 
 
 def check_folder(path: Path) -> None:
@@ -49,31 +61,44 @@ def check_folder(path: Path) -> None:
         raise SettingError(f"{path} is a file; give a folder for the cache")
     if not path.is_dir() or (path / ROOT).exists():
         return
-    if others := [name for name in sorted(os.listdir(path)) if name != ".lock" and not name.startswith(TEMPORARY)]:
+    if others := [name for name in sorted(os.listdir(path)) if name not in OWN and not name.startswith(TEMPORARY)]:
         raise SettingError(
             f"{path} holds other files (for example {others[0]}) and is no cache; give a new or empty folder"
         )
 
 
-def create_or_check(path: Path, start: Start) -> dict[str, TeacherArray]:
+def discard(path: Path) -> None:
+    """Delete the cache at `path`; killed in the middle of it, what is left can be gone on with."""
+    with clear_errors(path, "deleting"):
+        for entry in path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name not in (ROOT, *OWN):
+                entry.unlink()
+        for name in (ROOT, *OWN):
+            (path / name).unlink(missing_ok=True)
+        path.rmdir()
+
+
+def create_or_check(path: Path, start: Start) -> tuple[Start, dict[str, TeacherArray]]:
     """Begin the cache at `path`, or go on with it if it is the same one; the caller holds its lock.
 
     Returns:
-        The teacher's arrays as the manifest lists them.
+        What the cache was begun with: `start`, but for the names of its images; the teacher's arrays as the manifest
+        lists them.
     """
     for name in start.teacher_arrays:
         check_array_name(name)
-    attributes = start.attributes()
     check_folder(path)
     if (path / ROOT).exists():
-        _check_same(path, read_root(path), attributes)
+        _check_same(path, read_root(path), start)
     else:
-        write_atomic(path / ROOT, canonical_json(group_metadata({"cache_kd": attributes})))
+        write_atomic(path / ROOT, canonical_json(group_metadata({"cache_kd": start.attributes()})))
     sweep(path)
-    _write_or_check(path, DATA, canonical_json(start.data), "the ordered images")
+    start = replace(start, data=_write_or_take_data(path, start.data))
     make_folder(path / "teacher")
     _write_or_check(path, "teacher/zarr.json", canonical_json(group_metadata({})), "the teacher's group")
-    return {name: _write_array(path, name, array) for name, array in sorted(start.teacher_arrays.items())}
+    return start, {name: _write_array(path, name, array) for name, array in sorted(start.teacher_arrays.items())}
 
 
 def _write_array(path: Path, name: str, array: np.ndarray) -> TeacherArray:
@@ -99,32 +124,69 @@ def _write_or_check(path: Path, relative: str, content: bytes, what: str) -> Non
         raise MismatchError(f"{path / relative} differs: {what} are not those of this cache; give another --cache")
 
 
-def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise `MismatchError` naming each part in which the cache at `path` differs: what it has, what is wanted."""
-    old, new = _parts(found), _parts(wanted)
-    absent = object()
-    differing = [key for key in sorted({*old, *new}) if old.get(key, absent) != new.get(key, absent)]
-    if differing:
-        listed = "; ".join(f"{key}: {_short(old, key)} there, {_short(new, key)} wanted" for key in differing)
+def _check_same(path: Path, found: dict[str, Any], start: Start) -> None:
+    """Raise `OtherIdentityError` naming each part in which the cache at `path` differs: what it has, what is wanted."""
+    wanted = start.attributes()
+    # What follows from the identity, such as the columns, is named only where the identity does not say why.
+    differing = differences(found.get("identity") or {}, wanted["identity"]) or differences(found, wanted)
+    if not differing:
+        return
+    data = source_changes(_recorded_images(path), _images(start.data)) if _concerns_data(differing) else []
+    named = [change for change in differing if not (data and change.part.startswith("data."))]
+    raise OtherIdentityError(
+        f"{path} is a cache of something else ({listed([*named, *data])}); give another --cache, or the same settings",
+        differing,
+    )
+
+
+def _concerns_data(differing: tuple[Difference, ...]) -> bool:
+    return any(change.part.startswith("data.") for change in differing)
+
+
+def _recorded_images(path: Path) -> list[SourceImage]:
+    """Return the images of `data.json`; none where it cannot be read, so that their digests are named instead."""
+    try:
+        return _images(parse_json(read_inside(os.path.realpath(path), DATA, MAX_JSON_BYTES), path / DATA))
+    except DamagedCacheError:
+        return []
+
+
+def _images(data: Any) -> list[SourceImage]:
+    rows = data.get("images") if isinstance(data, dict) else None
+    kinds = [str, int, str, str]
+    if not isinstance(rows, list) or any(not isinstance(row, list) or [*map(type, row)] != kinds for row in rows):
+        return []
+    return [SourceImage(*row) for row in rows]
+
+
+def _write_or_take_data(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Write `data.json`, or return the one that a manifest vouches for, if it lists the same images by content.
+
+    Their files may have other names meanwhile. Before there is a manifest, the identity alone says which images.
+    """
+    content = canonical_json(wanted)
+    sealed = _sealed(path)
+    if sealed is None or sealed == sha256(content):
+        if not (path / DATA).is_file() or (path / DATA).is_symlink() or (path / DATA).read_bytes() != content:
+            write_atomic(path / DATA, content)
+        return wanted
+    found = read_inside(os.path.realpath(path), DATA, MAX_JSON_BYTES)
+    if sha256(found) != sealed:
+        raise DamagedCacheError(f"{path / DATA} is not the one that {NAME} names; run `cache-kd verify {path}`")
+    recorded = parse_json(found, path / DATA)
+    before, after = _images(recorded), _images(wanted)
+    changes = source_changes(before, after)
+    if changes or not before:
         raise MismatchError(
-            f"{path} is a cache of something else ({listed}); give another --cache, or the same settings"
+            f"{path / DATA} differs: the ordered images are not those of this cache ({listed(changes)}); "
+            "give another --cache"
         )
+    return dict(recorded)
 
 
-def _parts(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested tables by dotted name; those of the identity without its prefix."""
-    leaves: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            leaves.update(_parts(value, "" if name == "identity" else f"{name}."))
-        else:
-            leaves[name] = value
-    return leaves
-
-
-def _short(parts: dict[str, Any], key: str) -> str:
-    if key not in parts:
-        return "nothing"
-    text = json.dumps(parts[key], ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+def _sealed(path: Path) -> str | None:
+    """Return the sha256 of `data.json` in the manifest, None without a whole one: it is written again at the end."""
+    try:
+        return load_manifest(path).data_sha256 if (path / NAME).is_file() else None
+    except DamagedCacheError:
+        return None

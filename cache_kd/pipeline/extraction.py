@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_kd.cache.creation import discard
 from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import ViewCodec
 from cache_kd.errors import CacheKDError, DiskSpaceError, InputDataError, MismatchError, SettingError, choices
-from cache_kd.fingerprint import digest_json, digest_sources
+from cache_kd.fingerprint import OtherIdentityError
+from cache_kd.pipeline.identity import cache_identity, teacher_identity, with_command
 from cache_kd.pipeline.locations import default_cache_path
-from cache_kd.pipeline.versions import PIXEL_PACKAGES, cpu_threads, environment, package_versions
+from cache_kd.pipeline.versions import cpu_threads, environment
 from cache_kd.structures import View
 from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, view_batches
 from cache_kd.ultralytics_bridge.data import find_data_file, load_data
@@ -130,7 +132,7 @@ def extract(
         items = sum(len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units)
         if units:
             _check_disk(_forecast(job, units, items), job.path, say)
-            with _threads(cpu_threads()):
+            with torch_threads(cpu_threads()):
                 _run(job, units, items, progress)
         else:
             say(f"{job.path}: every view is there already; more of them: --views {settings.views * 2 or 8}")
@@ -141,12 +143,12 @@ def extract(
 
 @contextmanager
 def _nothing_left(job: Job) -> Iterator[None]:
-    """Remove a cache's folder, and those made for it, when an error ends its first extraction before the first unit."""
+    """Remove a cache's folder, and those made for it, when its first extraction ends before the first unit."""
     try:
         yield
-    except CacheKDError:
+    except (CacheKDError, KeyboardInterrupt):
         if job.path in job.made and not any(job.path.glob("units/**/*.json")):
-            shutil.rmtree(job.path)
+            discard(job.path)
             for folder in job.made[1:]:
                 if any(folder.iterdir()):
                     break
@@ -180,6 +182,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
     data = load_data(data_file, allow_download=settings.allow_download)
     recipe, imgsz = _recipe(settings, recorded)
     device = settings.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    teacher_parts = teacher_identity(checkpoint)  # before it is turned to another precision or device
     teacher = Teacher(
         checkpoint,
         imgsz=imgsz,
@@ -195,28 +198,29 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         say(f"taken as Ultralytics would: {note}")
     sources = dataset.sources()
     codec = ViewCodec.create(settings.fidelity, teacher.head, imgsz, settings.store)
-    identity = {
-        "teacher": checkpoint.weights_sha256,
-        "data": digest_sources(sources),
-        "recipe": recipe.to_json(),
-        "imgsz": imgsz,
-        "seed": settings.seed,
-        "codec": codec.describe(),
-        "precision": settings.precision,
-        "versions": package_versions(PIXEL_PACKAGES),
-    }
-    names = (data_file.stem, settings.teacher.stem, digest_json(identity)[:8])
-    path = settings.cache or default_cache_path("-".join(names))
+    identity = cache_identity(
+        teacher=teacher_parts,
+        sources=sources,
+        recipe=recipe,
+        imgsz=imgsz,
+        seed=settings.seed,
+        codec=codec,
+        precision=settings.precision,
+    )
+    path = settings.cache or default_cache_path(f"{data_file.stem}-{settings.teacher.stem}", identity)
     _check_place(path, dataset)
     made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
-    writer = CacheWriter.open_or_create(
-        path,
-        identity=identity,
-        data={"images": [source.to_json() for source in sources], "skipped": _skipped(dataset)},
-        columns=(*codec.columns, PIXEL_HASH),
-        num_images=len(dataset),
-        teacher_arrays=teacher.head_arrays(),
-    )
+    try:
+        writer = CacheWriter.open_or_create(
+            path,
+            identity=identity,
+            data={"images": [source.to_json() for source in sources], "skipped": _skipped(dataset)},
+            columns=(*codec.columns, PIXEL_HASH),
+            num_images=len(dataset),
+            teacher_arrays=teacher.head_arrays(),
+        )
+    except OtherIdentityError as error:
+        raise with_command(error, path, settings.teacher) from error
     record = {
         "file": settings.teacher.name,
         "file_sha256": checkpoint.file_sha256,
@@ -246,7 +250,7 @@ def _run(job: Job, units: Sequence[Unit], items: int, progress: Callable[[int, i
         codec=job.codec,
         writer=job.writer,
         batch=job.settings.batch,
-        workers=_workers(job.settings),
+        workers=loader_workers(job.settings),
         environment={**job.environment, "threads": torch.get_num_threads()},
         progress=count,
     )
@@ -256,7 +260,7 @@ def _forecast(job: Job, units: Sequence[Unit], items: int) -> Forecast:
     """Measure bytes and seconds of an item on the first batches; nothing of it is written."""
     rows: dict[str, list[np.ndarray]] = {}
     seconds, measured = 0.0, 0
-    with _threads(cpu_threads()):
+    with torch_threads(cpu_threads()):
         probe = view_batches(
             job.dataset, units[:1], shard_size=job.writer.shard_size, batch=job.settings.batch, workers=0
         )
@@ -358,7 +362,8 @@ def _check_place(path: Path, dataset: ViewDataset) -> None:
             raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
 
 
-def _workers(settings: ExtractSettings) -> int:
+def loader_workers(settings: ExtractSettings) -> int:
+    """Return how many processes make views."""
     if settings.workers is not None:
         return settings.workers
     # On the CPU the forward pass takes every core, and a worker would only contend for them.
@@ -373,7 +378,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Use `count` torch threads inside: importing or running Ultralytics may have left only one."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

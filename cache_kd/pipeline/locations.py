@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cache_kd.cache.find import find_caches
-from cache_kd.errors import MissingFileError
+from cache_kd.cache.manifest import ROOT, read_root
+from cache_kd.errors import CacheKDError, MissingFileError
+from cache_kd.fingerprint import canonical_json, digest_json
 
 DEFAULT_FOLDER = "kd_cache"
 
@@ -16,9 +20,20 @@ def caches_folder() -> Path:
     return Path(os.environ.get("CACHE_KD_CACHE") or DEFAULT_FOLDER)
 
 
-def default_cache_path(name: str) -> Path:
-    """Return where a new cache of this name goes."""
-    return caches_folder() / name
+def default_cache_path(name: str, identity: Mapping[str, Any]) -> Path:
+    """Return the folder `<name>-<identity8>` for a cache, or the one in which it is already, under whatever name.
+
+    Data file, teacher and folder may have been renamed since: what a cache is, its identity says.
+    """
+    wanted = canonical_json(identity)
+    path = caches_folder() / f"{name}-{digest_json(identity)[:8]}"
+    for candidate in [path, *sorted(folder.parent for folder in caches_folder().glob(f"*/{ROOT}"))]:
+        try:
+            if canonical_json(read_root(candidate).get("identity")) == wanted:
+                return candidate
+        except CacheKDError:  # another format, or no cache
+            continue
+    return path
 
 
 def newest_cache() -> tuple[Path, int]:

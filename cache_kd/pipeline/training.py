@@ -18,7 +18,7 @@ from cache_kd.losses import LossSpec, parse_losses
 from cache_kd.losses.spec import COMMON
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
-from cache_kd.pipeline.versions import version_differences
+from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
 from cache_kd.ultralytics_bridge.models import check_pretrained, check_resumed, check_student
@@ -28,7 +28,11 @@ from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingData
 from cache_kd.views.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
-VERIFY_MODES = ("first", "all", "off")
+PROOFS = {
+    "first": "the first batches and a sample of all others are compared with the teacher's",
+    "all": "every batch is compared with the teacher's",
+    "off": "with --verify-pixels off nothing shows it; leave that out",
+}
 NO_LOSSES = "none"
 RECORD = "cache_kd.yaml"
 
@@ -83,11 +87,17 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     Raises:
         CacheKDError: One line about what does not fit, before anything is trained.
     """
-    if settings.verify_pixels not in VERIFY_MODES:
-        raise SettingError(f"--verify-pixels {settings.verify_pixels!r}; allowed: {', '.join(VERIFY_MODES)}")
+    if settings.verify_pixels not in PROOFS:
+        raise SettingError(f"--verify-pixels {settings.verify_pixels!r}; allowed: {', '.join(PROOFS)}")
     extra = dict(settings.settings or {})
     settings, extra = _resumed(settings, extra)
     cache = _open(settings, say)
+    if differing := other_versions(cache.manifest.identity):
+        LOG.warning(
+            "other versions than at the extraction may make other pixels: %s; %s",
+            differing,
+            PROOFS[settings.verify_pixels],
+        )
     recipe = Recipe.from_settings(cache.manifest.recipe)
     check_settings(extra)
     check_pixel_settings(extra, recipe, cache.manifest.imgsz)
@@ -118,7 +128,16 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         trainer = DistillTrainer(distill_plan(cache, losses, settings), overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        trainer.train()
+        try:
+            trainer.train()
+        except KeyboardInterrupt as interrupt:
+            last = Path(trainer.last)
+            again = f"go on after the last whole epoch: cache-kd train resume={last}"
+            interrupt.add_note(again if last.exists() else "no epoch was finished, run the same command again")
+            raise
+    if losses:
+        checked, served = trainer.train_loader.proven
+        say(f"pixels: {checked} of {served} items compared with the teacher's{', all equal' if checked else ''}")
     metrics = {str(key): float(value) for key, value in (trainer.metrics or {}).items()}
     return Trained(Path(trainer.save_dir), losses, metrics)
 
@@ -161,7 +180,7 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
             columns=codec.columns_for(frozenset[str]().union(*needed.values())),
             ragged=frozenset(column.name for column in codec.columns if column.ragged),
             verify=settings.verify_pixels,
-            context=version_differences(manifest.identity["versions"]),
+            context=version_differences(manifest.identity),
         )
 
     def check_data(dataset: TrainingDataset) -> None:

@@ -13,12 +13,14 @@ import torch
 from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.pipeline.extraction import megabytes
+from cache_kd.pipeline.identity import teacher_differences
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.versions import cpu_threads, version_differences
+from cache_kd.pipeline.versions import cpu_threads, other_versions, version_differences
 from cache_kd.structures import SampleTargets, TargetBatch, View
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
 from cache_kd.views.seeding import pixel_hash
 
+SHOWN = 20
 RELATIVE_SLACK = 1e-4
 """Room for rounding of the teacher itself, relative to a level's largest value: batch size and threads differ."""
 
@@ -33,11 +35,11 @@ class Verification:
     """
 
     report: VerifyReport
-    pixels_checked: int
-    pixel_faults: tuple[str, ...]
-    targets_checked: int
-    target_faults: tuple[str, ...]
-    worst: float
+    pixels_checked: int = 0
+    pixel_faults: tuple[str, ...] = ()
+    targets_checked: int = 0
+    target_faults: tuple[str, ...] = ()
+    worst: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -59,7 +61,14 @@ class Verification:
         report = self.report
         state = "everything is whole" if report.ok else f"{len(report.faults)} faults"
         found = [f"{report.path}: {report.files} files, {megabytes(report.bytes)}, {state}"]
-        found += [f"  {fault}" for fault in report.faults[:20]] + [f"  note: {note}" for note in report.notes]
+        if report.left_out:
+            found.append(f"{report.left_out} more files were only measured, not read; all of them: without --fraction")
+        found += [f"  {fault}" for fault in report.faults[:SHOWN]]
+        if len(report.faults) > SHOWN:
+            found.append(f"  and {len(report.faults) - SHOWN} more; all of them: --json")
+        if not report.ok:
+            found.append(f"to put back what is damaged: cache-kd verify {report.path} --repair --teacher best.pt")
+        found += [f"  note: {note}" for note in report.notes]
         if self.pixels_checked:
             found.append(f"pixels: {self.pixels_checked} views made again, {len(self.pixel_faults)} differ")
         if self.targets_checked:
@@ -78,23 +87,30 @@ def verify(
     data: Path | None = None,
     sample: int = 32,
     trust_teacher: bool = False,
+    jobs: int = 1,
+    fraction: float = 1.0,
+    seed: int = 0,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check a cache's bytes; with `pixels` every view's hash; with `teacher` the targets of `sample` items.
+
+    `jobs`, `fraction` and `seed` as in `verify_cache`.
 
     Raises:
         CacheKDError: There is no complete cache, or data set or teacher are not the ones it was made from.
     """
     if sample < 1:
         raise SettingError(f"--sample {sample}; allowed: 1 or more")
-    report = verify_cache(path, progress=progress)
+    report = verify_cache(path, jobs=jobs, fraction=fraction, seed=seed, progress=progress)
     checked = 0
     pixel_faults: list[str] = []
     targets_checked, worst = 0, 0.0
     target_faults: list[str] = []
     if report.ok and (pixels or teacher is not None):
         cache = Cache(path, data=data)
+        if differing := other_versions(cache.manifest.identity):
+            say(f"other versions than at the extraction: {differing}")
         if pixels:
             pixel_faults = list(_pixel_faults(cache, progress))
             checked = cache.manifest.num_images * len(cache.views)
@@ -106,7 +122,7 @@ def verify(
 
 
 def _pixel_faults(cache: Cache, progress: Callable[[int, int], None] | None) -> Iterator[str]:
-    context = version_differences(cache.manifest.identity["versions"])
+    context = version_differences(cache.manifest.identity)
     total = cache.manifest.num_images * len(cache.views)
     done = 0
     for view in cache.views:
@@ -124,10 +140,10 @@ def _pixel_faults(cache: Cache, progress: Callable[[int, int], None] | None) -> 
 def _target_faults(cache: Cache, path: Path, sample: int, trusted: bool) -> tuple[int, list[str], float]:
     manifest = cache.manifest
     checkpoint = load_teacher(path, trusted=trusted)
-    if checkpoint.weights_sha256 != manifest.teacher["weights_sha256"]:
+    if unlike := teacher_differences(manifest.identity.get("teacher"), checkpoint):
         raise MismatchError(
-            f"{path} is not the teacher of {cache.path}: weights {checkpoint.weights_sha256[:16]}, the cache's are "
-            f"{manifest.teacher['weights_sha256'][:16]} ({manifest.teacher['file']})"
+            f"{path} is not the teacher of {cache.path} ({unlike}); give the one that it was extracted with: "
+            f"--teacher {manifest.teacher['file']}"
         )
     environment = manifest.environment
     device = "cuda:0" if environment["device"] == "cuda" and torch.cuda.is_available() else "cpu"

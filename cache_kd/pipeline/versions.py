@@ -41,15 +41,22 @@ def environment(*, device: str, batch: int, precision: str) -> dict[str, Any]:
     }
 
 
-def version_differences(recorded: Mapping[str, Any]) -> str:
-    """Return a phrase saying which packages that change pixels differ from those of the extraction."""
+def other_versions(identity: Mapping[str, Any]) -> str:
+    """Return which packages that change pixels have another version than at the extraction; "" if none has."""
+    recorded = identity.get("versions")
+    then = recorded if isinstance(recorded, Mapping) else {}
     now = package_versions(PIXEL_PACKAGES)
-    differing = [
-        f"{name} {recorded.get(name)} then, {now[name]} now" for name in now if recorded.get(name) != now[name]
-    ]
-    return (
-        "other versions: " + ", ".join(differing) if differing else "the library versions are those of the extraction"
+    return ", ".join(
+        f"{name} {then.get(name) or 'absent'} then, {now[name] or 'absent'} now"
+        for name in now
+        if then.get(name) != now[name]
     )
+
+
+def version_differences(identity: Mapping[str, Any]) -> str:
+    """Return the same as a phrase that explains pixels which differ."""
+    differing = other_versions(identity)
+    return f"other versions: {differing}" if differing else "the library versions are those of the extraction"
 
 
 def cpu_threads() -> int:

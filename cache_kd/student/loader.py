@@ -47,6 +47,9 @@ class ViewLoader(DataLoader[Any]):
     view lagged by an epoch when this was measured.
     """
 
+    proven = (0, 0)
+    """Items whose pixels were compared with the teacher's, and all items, that were served so far."""
+
     def __iter__(self) -> Any:
         # A generator, because the trainer calls iter() twice an epoch and only the second may start the workers' pass.
         expected = self.sampler.epoch  # type: ignore[attr-defined]  # DataLoader declares the sampler's base class
@@ -55,6 +58,8 @@ class ViewLoader(DataLoader[Any]):
                 raise AlarmError(f"stale batch: it holds epoch {batch['kd_epoch']}, the trainer is in epoch {expected}")
             if fault := batch.pop("kd_fault", None):
                 raise MismatchError(fault)
+            checked, served = batch.pop("kd_checked", (0, 0))
+            self.proven = (self.proven[0] + checked, self.proven[1] + served)
             yield batch
 
     def reset(self) -> None:

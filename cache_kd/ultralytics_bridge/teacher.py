@@ -27,6 +27,7 @@ from cache_kd.ultralytics_bridge.heads import (
     score_map,
 )
 from cache_kd.ultralytics_bridge.layers import captured, find_layers
+from cache_kd.ultralytics_bridge.structure import digest_structure
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -40,6 +41,7 @@ class Checkpoint:
     train_args: dict[str, Any]
     file_sha256: str
     weights_sha256: str
+    structure_sha256: str
 
 
 def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
@@ -66,7 +68,8 @@ def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
         raise InputDataError(f"teacher {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return Checkpoint(path, model, dict(content.get("train_args") or {}), sha256, digest_tensors(model.state_dict()))
+    weights, structure = digest_tensors(model.state_dict()), digest_structure(model)
+    return Checkpoint(path, model, dict(content.get("train_args") or {}), sha256, weights, structure)
 
 
 class Teacher:

@@ -54,25 +54,27 @@ class TrainingDataset(ViewDataset):
         item["kd_epoch"], item["kd_view"] = epoch, view
         if self.targets is not None:
             item["kd_rows"] = self.targets.reader.read(view, index, self.targets.columns)
-            item["kd_fault"] = self._fault(item["img"].numpy(), epoch, view, index)
+            item["kd_checked"] = self._due(self.targets.verify, epoch, view, index)
+            if item["kd_checked"]:
+                item["kd_fault"] = self._fault(self.targets, item["img"].numpy(), view, index)
         return item
 
-    def _fault(self, pixels: np.ndarray, epoch: int, view: View, index: int) -> str | None:
-        """Return what is wrong with the pixels of an item that is due for a check, or None."""
-        assert self.targets is not None
+    def _due(self, verify: str, epoch: int, view: View, index: int) -> bool:
+        """Return whether the pixels of the next item are to be checked."""
         self._served += 1
         sampled = item_seed(epoch, view, index) % SAMPLED == 0
-        due = self.targets.verify == "all" or self._served <= FIRST_ITEMS or sampled
-        if self.targets.verify == "off" or not due:
-            return None
-        stored = self.targets.reader.read(view, index, ("pixel_hash",))["pixel_hash"].tobytes()
+        return verify == "all" or (verify == "first" and (self._served <= FIRST_ITEMS or sampled))
+
+    def _fault(self, targets: TargetSource, pixels: np.ndarray, view: View, index: int) -> str | None:
+        """Return what is wrong with the pixels of an item, or None."""
+        stored = targets.reader.read(view, index, ("pixel_hash",))["pixel_hash"].tobytes()
         found = pixel_hash(pixels)
         if stored == found:
             return None
         image = self.labels[index]["im_file"]
         return (
             f"view {view.name} of item {index} ({image}) has other pixels than the teacher saw: "
-            f"hash {found.hex()}, stored {stored.hex()}; {self.targets.context}; "
+            f"hash {found.hex()}, stored {stored.hex()}; {targets.context}; "
             "check all of them: cache-kd verify CACHE --pixels"
         )
 
@@ -92,9 +94,11 @@ class Collate:
         epochs = {(item.pop("kd_epoch"), item.pop("kd_view")) for item in items}
         rows: list[Mapping[str, np.ndarray]] = [item.pop("kd_rows", {}) for item in items]
         faults = [item.pop("kd_fault", None) for item in items]
+        checked = sum(item.pop("kd_checked", False) for item in items)
         batch: dict[str, Any] = ViewDataset.collate_fn(items)
         if len(epochs) != 1:
             raise AssertionError(f"one batch from several epochs: {epochs}")
         batch["kd_epoch"], batch["kd_view"] = epochs.pop()
+        batch["kd_checked"] = (checked, len(items))
         batch["kd_fault"] = next((fault for fault in faults if fault), None)
         return {**batch, **(stack_columns(rows, self.ragged) if rows[0] else {})}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from small_inputs import TAPS, small_data
+
+if TYPE_CHECKING:
+    from cache_kd.ultralytics_bridge.teacher import Checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +56,39 @@ def exact_cache(few_images: Path, test_data: Path, tmp_path_factory: pytest.Temp
     """The same at fidelity "exact", all anchors in half precision, one mixed view and a plain one."""
     folder = tmp_path_factory.mktemp("exact_cache")
     return _extract_all(test_data, few_images, folder, fidelity="exact", views=1)
+
+
+@pytest.fixture(scope="session")
+def bccd_teacher(test_data: Path) -> Path:
+    """The teacher of all caches of bccd."""
+    return test_data / "weights" / "yolov8s-bccd.pt"
+
+
+@pytest.fixture(scope="session")
+def bccd_checkpoint(bccd_teacher: Path) -> Checkpoint:
+    """The same, loaded; no test may change it."""
+    from cache_kd.ultralytics_bridge.teacher import load_teacher
+
+    return load_teacher(bccd_teacher)
+
+
+@pytest.fixture
+def loaded_once(bccd_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare a test that changes no teacher the reading of one."""
+    from cache_kd.pipeline import extraction
+
+    fresh = replace(bccd_checkpoint, model=copy.deepcopy(bccd_checkpoint.model))
+    monkeypatch.setattr(extraction, "load_teacher", lambda path, trusted: fresh)
+
+
+@pytest.fixture
+def own_data(few_images: Path, tmp_path: Path) -> Path:
+    """A copy of `few_images` that a test may change; returns its data file."""
+    shutil.copytree(few_images.parent, tmp_path / "set", ignore=shutil.ignore_patterns("*.cache"))
+    return tmp_path / "set" / few_images.name
+
+
+@pytest.fixture
+def own_cache(few_cache: Path, tmp_path: Path) -> Path:
+    """A copy of `few_cache` that a test may change."""
+    return Path(shutil.copytree(few_cache, tmp_path / "copied" / "cache"))

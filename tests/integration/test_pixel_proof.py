@@ -80,9 +80,11 @@ def test_verify_notices_targets_out_of_their_bound(
 def test_verify_refuses_another_teacher(few_cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.pt"
     save_model(build_model("yolov8s.yaml", ["RBC", "WBC", "Platelets"], seed=1, imgsz=64), other, data="bccd.yaml")
-    with pytest.raises(
-        MismatchError, match=r"other.pt is not the teacher of .*: weights \w{16}, the cache's are \w{16}"
-    ):
+    says = (
+        r"other.pt is not the teacher of .* \(teacher.weights: \w{12} there, \w{12} wanted\); "
+        r"give the one that it was extracted with: --teacher best.pt"
+    )
+    with pytest.raises(MismatchError, match=says):
         verify(few_cache, teacher=other, say=print)
 
 
