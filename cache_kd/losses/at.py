@@ -36,7 +36,7 @@ class AT(MapLoss):
     name = "at"
     title = "how the neck's energy is spread over positions, one map a level"
     paper = "Paying More Attention to Attention, ICLR 2017"
-    default_weight = 1000.0
+    default_weight = 30.0
     cost = "one squared mean over the channels of every map"
 
     def __init__(self, teacher: HeadSpec, student: HeadSpec, *, layers: tuple[str, ...] = ()) -> None:

@@ -142,7 +142,7 @@ class CrossKD(DistillLoss):
     paper = "CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024"
     needs = frozenset({"logits", "hold_stats"})
     reads = frozenset({"hold", "head"})
-    default_weight = 1.0
+    default_weight = 0.12
     cost = "the rest of the teacher's head, forward and backward; 1x1 convolution where channels differ"
     protocol = "sigmoid"
     batch_rule = "statistics"

@@ -75,7 +75,7 @@ class DKD(LabelledRows):
     name = "dkd"
     title = "the labelled class's probability and the other classes', weighed apart"
     paper = "Decoupled Knowledge Distillation, CVPR 2022"
-    default_weight = 1.0
+    default_weight = 3.0
     function = staticmethod(dkd_loss)
     allowed: ClassVar[Mapping[str, Allowed]] = {**LabelledRows.allowed, "alpha": at_least(0), "beta": at_least(0)}
 

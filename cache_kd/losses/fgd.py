@@ -156,7 +156,7 @@ class FGD(MapLoss):
     title = "the neck's maps, objects and background apart, with their attention and global context"
     paper = "Focal and Global Knowledge Distillation for Detectors, CVPR 2022"
     reads = frozenset({"labels"})
-    default_weight = 1.0
+    default_weight = 0.3
     cost = "squared difference, attentions and two context blocks a map; 1x1 convolution where channels differ"
     allowed: ClassVar[Mapping[str, Allowed]] = {
         **MapLoss.allowed,

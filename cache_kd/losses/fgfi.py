@@ -116,7 +116,7 @@ class FGFI(MapLoss):
     title = "the neck's maps at cells whose anchors overlap an object"
     paper = "Distilling Object Detectors with Fine-grained Feature Imitation, CVPR 2019"
     reads = frozenset({"labels"})
-    default_weight = 0.01
+    default_weight = 0.03
     cost = "3x3 convolution and one squared difference a map; overlaps of all boxes with nine anchors a cell"
     allowed: ClassVar[Mapping[str, Allowed]] = {**MapLoss.allowed, "threshold": from_to_below(0, 1)}
 

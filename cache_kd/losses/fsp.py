@@ -56,7 +56,7 @@ class FSP(MapLoss):
     name = "fsp"
     title = "which channels of one layer go together with which of the next"
     paper = "A Gift from Knowledge Distillation, CVPR 2017"
-    default_weight = 1.0
+    default_weight = 0.00015
     cost = "one max pool and one product of all channels a pair of layers; 1x1 convolution where channels differ"
     allowed: ClassVar[Mapping[str, Allowed]] = {**MapLoss.allowed, "reduction": one_of(*REDUCTIONS)}
 

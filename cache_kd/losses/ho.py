@@ -103,7 +103,7 @@ class HO(DistillLoss):
     title = "what a critic, trained alongside, can tell apart in the class maps as a whole"
     paper = "Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019"
     needs = frozenset({"logits"})
-    default_weight = 0.1
+    default_weight = 0.08
     cost = "a second network: four passes a step, differentiated twice, and its own optimizer"
     at_identity = "other"
     allowed: ClassVar[Mapping[str, Allowed]] = {"critic_lr": above(0), "penalty": at_least(0)}

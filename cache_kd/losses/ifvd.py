@@ -74,7 +74,7 @@ class IFVD(MapLoss):
     title = "how far each cell of an object is from the mean of its class"
     paper = "Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020"
     reads = frozenset({"labels"})
-    default_weight = 200.0
+    default_weight = 6.0
     cost = "two matrix products of a map with its class raster, for both maps"
     allowed: ClassVar[Mapping[str, Allowed]] = {**MapLoss.allowed}
 

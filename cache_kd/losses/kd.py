@@ -64,7 +64,7 @@ class KD(DistillLoss):
     title = "class probabilities at every anchor"
     paper = "Distilling the Knowledge in a Neural Network, NIPS 2014 workshop"
     needs = frozenset({"logits"})
-    default_weight = 1.0
+    default_weight = 0.7
     cost = "elementwise on the class logits"
     protocol = "sigmoid"
     allowed: ClassVar[Mapping[str, Allowed]] = {"temperature": above(0), "protocol": one_of(*PROTOCOLS)}

@@ -40,7 +40,7 @@ class LOCAL(MapLoss):
     name = "local"
     title = "how much each cell of the neck resembles its eight neighbours"
     paper = "Improving Fast Segmentation with Teacher-student Learning, BMVC 2018"
-    default_weight = 1.0
+    default_weight = 2.5
     cost = "four products of every map with itself, shifted by one cell"
 
     def __init__(self, teacher: HeadSpec, student: HeadSpec, *, layers: tuple[str, ...] = ()) -> None:

@@ -50,7 +50,7 @@ class MGD(MapLoss):
     name = "mgd"
     title = "the teacher's maps, rebuilt from the student's with most cells masked"
     paper = "Masked Generative Distillation, ECCV 2022"
-    default_weight = 2e-5
+    default_weight = 0.0002
     cost = (
         "two 3x3 convolutions of the teacher's channels a map, the dearest of all: 10.9 GMAC an image of 640 pixels "
         "for a YOLOv8m teacher, where the whole YOLOv8n student takes 4.4; 1x1 convolution where channels differ"

@@ -30,7 +30,7 @@ class MIMIC(MapLoss):
     name = "mimic"
     title = "the neck's maps themselves, value by value"
     paper = "FitNets: Hints for Thin Deep Nets, ICLR 2015"
-    default_weight = 3.0
+    default_weight = 6.0
     cost = "1x1 convolution and one squared difference a map"
 
     def __init__(self, teacher: HeadSpec, student: HeadSpec, *, layers: tuple[str, ...] = ()) -> None:

@@ -74,7 +74,7 @@ class NKD(LabelledRows):
         "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and "
         "Customized Soft Labels, ICCV 2023"
     )
-    default_weight = 1.0
+    default_weight = 0.7
     at_identity = "stationary"
     function = staticmethod(nkd_loss)
     allowed: ClassVar[Mapping[str, Allowed]] = {**LabelledRows.allowed, "gamma": at_least(0)}

@@ -60,7 +60,7 @@ class PA(MapLoss):
     name = "pa"
     title = "how much the patches of the neck's maps resemble each other"
     paper = "Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019"
-    default_weight = 1.0
+    default_weight = 0.7
     cost = "one max pool a map and a product of every node with every other, 400 nodes at most"
     # At scale 1 one node is left, which resembles itself: a term that is always 0.
     allowed: ClassVar[Mapping[str, Allowed]] = {**MapLoss.allowed, "scale": between(0.05, 0.95)}

@@ -58,7 +58,7 @@ class PI(DistillLoss):
     title = "class probabilities at every cell, averaged by level"
     paper = "Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019"
     needs = frozenset({"logits"})
-    default_weight = 10.0
+    default_weight = 5.0
     cost = "elementwise on the class logits"
     protocol = "sigmoid"
     allowed: ClassVar[Mapping[str, Allowed]] = {"protocol": one_of(*PROTOCOLS)}

@@ -40,7 +40,7 @@ class PKD(MapLoss):
     name = "pkd"
     title = "the neck's maps up to scale and offset of each channel, as correlations"
     paper = "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient, NeurIPS 2022"
-    default_weight = 6.0
+    default_weight = 1.4
     cost = "mean and deviation of every channel; 1x1 convolution where channels differ"
     batch_rule = "statistics"
 

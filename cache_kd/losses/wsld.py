@@ -74,7 +74,7 @@ class WSLD(LabelledRows):
     name = "wsld"
     title = "class probabilities, most where the student is further from the label than the teacher"
     paper = "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective, ICLR 2021"
-    default_weight = 1.0
+    default_weight = 0.7
     function = staticmethod(wsld_loss)
     allowed: ClassVar[Mapping[str, Allowed]] = {**LabelledRows.allowed, "alpha": at_least(0)}
 
