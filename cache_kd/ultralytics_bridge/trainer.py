@@ -18,6 +18,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, RANK
 from ultralytics.utils.torch_utils import select_device, unwrap_model
 
+from cache_kd.cache.files import write_atomic
 from cache_kd.config import to_yaml
 from cache_kd.errors import CacheKDError, InputDataError, MismatchError, SettingError
 from cache_kd.losses import LossSpec
@@ -30,6 +31,17 @@ from cache_kd.student.schedule import ViewSchedule
 from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
 from cache_kd.ultralytics_bridge.gate import checkpoint_globals, readable
 from cache_kd.ultralytics_bridge.heads import describe_head
+from cache_kd.ultralytics_bridge.run_files import (
+    NEXT,
+    drop_leftovers,
+    full_disk_in_one_line,
+    keep_epochs,
+    next_to,
+    publish_next,
+    stripped_whole,
+    write_tensors,
+    written_aside,
+)
 from cache_kd.ultralytics_bridge.scan import validation_set
 from cache_kd.ultralytics_bridge.student import TARGETS, DistilledMixin, attach_distiller
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
@@ -37,6 +49,7 @@ from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
 
 LOG = logging.getLogger(__name__)
 SIDECAR = "kd_last.pt"
+GRADIENTS = "kd_gradients.csv"
 
 
 @dataclass(frozen=True)
@@ -211,14 +224,19 @@ class DistillTrainer(DetectionTrainer):
                 self._watch.see({name: float(term) for name, term in terms.items()}, student_finite=bool(finite))
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        super().save_metrics(metrics)
+        with full_disk_in_one_line(self.save_dir, self.last):
+            super().save_metrics(metrics)
+            self._save_shares()
+
+    def _save_shares(self) -> None:
+        """Add this epoch's rows to kd_gradients.csv."""
         student = unwrap_model(self.model)
         self._watch_terms(flush=True)
         shares: dict[str, float] | None = getattr(student, "kd_shares", None)
         if shares:
             weights = student.kd.weights
             self._watch.see_shares({name: share for name, share in shares.items() if weights[name]})
-            log = self.save_dir / "kd_gradients.csv"
+            log = self.save_dir / GRADIENTS
             head = "" if log.exists() else "epoch,term,share,weight\n"
             rows = "".join(
                 f"{self.epoch + 1},{name},{share:.5f},{weights[name]:.6g}\n" for name, share in shares.items()
@@ -245,7 +263,7 @@ class DistillTrainer(DetectionTrainer):
             self._discard()
             raise
         if RANK in {-1, 0}:
-            (self.save_dir / "cache_kd.yaml").write_text(to_yaml(dict(self.plan.record)), encoding="utf-8")
+            write_atomic(self.save_dir / "cache_kd.yaml", to_yaml(dict(self.plan.record)).encode())
 
     def _check_trainable(self) -> None:
         """Refuse a student that is frozen whole, which Ultralytics overlooks while adapters can be trained."""
@@ -266,18 +284,23 @@ class DistillTrainer(DetectionTrainer):
             folder.rmdir()
 
     def save_model(self) -> bool:
-        """Write the adapters, then the stock checkpoints, then make the adapters' file the last one.
+        """Write the adapters and the stock checkpoints beside the earlier ones, then rename them, the adapters last.
 
         Killed in between, there are two adapter files and resuming takes the one of last.pt's epoch.
         """
         distiller = unwrap_model(self.model)._modules.get("kd")
-        waiting = self.wdir / f"{SIDECAR}.next"
-        if distiller is not None:
-            torch.save({"epoch": self.epoch, "state": distiller.state_dict()}, waiting)
-        saved: bool = super().save_model()
-        if distiller is not None:
-            os.replace(waiting, self.wdir / SIDECAR)
+        sidecar = self.wdir / SIDECAR
+        with full_disk_in_one_line(self.save_dir, self.last):
+            if distiller is not None:
+                write_tensors(next_to(sidecar), {"epoch": self.epoch, "state": distiller.state_dict()})
+            with written_aside(self, "best", "last"):
+                saved: bool = super().save_model()
+            publish_next(sidecar)
         return saved
+
+    def final_eval(self) -> None:
+        with full_disk_in_one_line(self.save_dir, self.last), stripped_whole():
+            super().final_eval()
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         if ckpt is not None and self.resume and not 0 <= ckpt["epoch"] < self.epochs - 1:
@@ -286,19 +309,25 @@ class DistillTrainer(DetectionTrainer):
                 f"one from it: cache-kd train --student {self.last}"
             )
         super().resume_training(ckpt)
+        if ckpt is not None and self.resume:
+            drop_leftovers(self.wdir)
+            for table in (Path(self.csv), self.save_dir / GRADIENTS):
+                keep_epochs(table, self.start_epoch)
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         super()._load_checkpoint_state(ckpt)
         distiller = unwrap_model(self.model)._modules.get("kd")
         if distiller is None:
             return
-        for name in (SIDECAR, f"{SIDECAR}.next"):
+        for name in (SIDECAR, SIDECAR + NEXT):
             file = self.wdir / name
             if file.exists():
                 held = read_sidecar(file, self.device)
                 if held["epoch"] == ckpt["epoch"]:
                     with _one_line():
                         distiller.load_state_dict(held["state"])
+                    if file.suffix == NEXT:
+                        publish_next(self.wdir / SIDECAR)
                     return
         raise MismatchError(
             f"{self.wdir / SIDECAR} does not hold the adapters of epoch {ckpt['epoch'] + 1}, at which "
