@@ -97,6 +97,18 @@ def write_atomic(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
+def publish(waiting: Path, path: Path) -> None:
+    """Make the file `waiting`, which another library wrote beside it, `path`: at every moment that is whole."""
+    with clear_errors(path, "writing"):
+        descriptor = os.open(waiting, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(waiting, path)
+        _sync_folder(path.parent)
+
+
 def create_only(path: Path, data: bytes) -> bool:
     """Publish `data` as `path` unless that exists; returns whether this call created it."""
     with clear_errors(path, "writing"):
@@ -131,18 +143,6 @@ def find_leftovers(folder: Path) -> list[Path]:
     """Return the temporary files below `folder`."""
     return sorted(
         Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.startswith(TEMPORARY)
-def publish(waiting: Path, path: Path) -> None:
-    """Make the file `waiting`, which another library wrote beside it, `path`: at every moment that is whole."""
-    with clear_errors(path, "writing"):
-        descriptor = os.open(waiting, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(waiting, path)
-        _sync_folder(path.parent)
-
-
     )
 
 
