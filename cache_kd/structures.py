@@ -290,6 +290,8 @@ class ViewDataset(Protocol):
 
     def sample(self, view: View, index: int) -> ViewSample: ...
 
+    def image_name(self, index: int) -> str: ...
+
 
 class FrozenHead(Protocol):
     """The teacher's head, rebuilt from a cache: passes gradient on, has none of its own."""

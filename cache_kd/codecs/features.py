@@ -59,7 +59,7 @@ class FeatureCodec(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-CHECK_TEACHER = "check the teacher; if it ran in fp16, extract again in fp32"
+CHECK_TEACHER = "check the teacher: yolo val model=TEACHER data=DATA; if it ran in fp16, extract with --precision fp32"
 
 
 def value_range(

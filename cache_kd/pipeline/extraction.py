@@ -26,7 +26,7 @@ from cache_kd.pipeline.identity import cache_identity, teacher_identity, with_co
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.versions import cpu_threads, environment
 from cache_kd.structures import View
-from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, view_batches
+from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, places, view_batches
 from cache_kd.ultralytics_bridge.data import find_data_file, load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.gate import import_user_modules
@@ -265,8 +265,10 @@ def _forecast(job: Job, units: Sequence[Unit], items: int) -> Forecast:
             job.dataset, units[:1], shard_size=job.writer.shard_size, batch=job.settings.batch, workers=0
         )
         started = time.perf_counter()
-        for number, (_, _, views) in enumerate(itertools.islice(probe, PROBE_BATCHES)):
-            for row in encode_views(views, job.teacher, job.codec, batch=job.settings.batch):
+        for number, (unit, _, views) in enumerate(itertools.islice(probe, PROBE_BATCHES)):
+            first = unit.shard * job.writer.shard_size + number * job.settings.batch
+            place = places(job.dataset, unit.view, first)
+            for row in encode_views(views, job.teacher, job.codec, batch=job.settings.batch, place=place):
                 for name, values in row.items():
                     rows.setdefault(name, []).append(values)
             seconds, measured = time.perf_counter() - started, len(views)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +23,26 @@ class TermWatch:
     outputs are not finite, which the trainer recovers from by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache: str = "CACHE") -> None:
+        """Watch a run from `cache`, its folder as one types it."""
+        self.check = f"check the cache: cache-kd verify {cache}"
         self._last: dict[str, float] = {}
         self._repeats: dict[str, int] = {}
         self._warned: set[tuple[str, str]] = set()
 
-    def see(self, terms: Mapping[str, float], *, student_finite: bool = True) -> None:
+    def see(
+        self,
+        terms: Mapping[str, float],
+        *,
+        student_finite: bool = True,
+        place: str = "",
+        broken: Callable[[str], Sequence[str]] = lambda name: (),
+    ) -> None:
         """Take the raw terms of one step.
+
+        Args:
+            place: Epoch, view and images of the step, for the message.
+            broken: Returns the names of a term's own weights that are not finite.
 
         Raises:
             AlarmError: A term is not finite although the student's outputs are, or did not change for 50 steps.
@@ -37,9 +50,12 @@ class TermWatch:
         for name, value in terms.items():
             if not math.isfinite(value):
                 if student_finite:
+                    weights = broken(name)
+                    cause = f"of its own weights, {', '.join(weights[:3])} is not finite" if weights else ""
                     raise AlarmError(
-                        f"distillation term {name} is {value} although the student's outputs are finite; "
-                        "check the cache: cache-kd verify CACHE"
+                        f"distillation term {name} is {value} although the student's outputs are finite"
+                        f"{place and f' ({place})'}; "
+                        + (f"{cause}; train again with a lower lr0=… or leave {name} out" if cause else self.check)
                     )
                 self._warn(name, "not finite", "%s: the student's outputs are not finite in this step", name)
                 continue
@@ -50,7 +66,7 @@ class TermWatch:
             if self._repeats[name] >= CONSTANT_STEPS:
                 raise AlarmError(
                     f"distillation term {name} has been {value} for {CONSTANT_STEPS} steps, so it teaches nothing; "
-                    "check its options (cache-kd losses) and the cache (cache-kd verify CACHE)"
+                    f"look at its options: cache-kd losses; or {self.check}"
                 )
 
     def see_shares(self, shares: Mapping[str, float]) -> None:
@@ -87,9 +103,7 @@ def gradient_shares(
         layers: {term: {layer: map (B, F, H, W)}} of terms that compare layers further up; such a term is measured on
             these maps, since what it teaches a backbone never passes the neck's outputs.
     """
-    places = {
-        name: list(layers[name].values()) if layers and layers.get(name) else list(features) for name in terms
-    }
+    places = {name: list(layers[name].values()) if layers and layers.get(name) else list(features) for name in terms}
     measured = {id(level): level for levels in places.values() for level in levels if level.requires_grad}
     if not measured:
         return {}

@@ -115,6 +115,10 @@ class Distiller(nn.Module):
         apart = {id(p) for loss in self.losses.values() for p in loss.parameters_trained_apart()}
         return [parameter for parameter in self.parameters() if id(parameter) not in apart]
 
+    def not_finite(self, name: str) -> list[str]:
+        """Return the names of a loss's own weights and buffers that hold NaN or infinity."""
+        return [key for key, value in self.losses[name].state_dict().items() if not value.isfinite().all()]
+
     def forward(self, student: DetectorOutput, targets: TargetBatch) -> dict[str, Tensor]:
         """Return {name: raw term} of the active terms; gradient flows to the student and the adapters only."""
         said = _in_float32(student)

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from cache_kd.cache.writer import CacheWriter
+from cache_kd.errors import AlarmError
 from cache_kd.structures import Column, HeadSpec, SampleTargets, TargetCodec, View, ViewDataset, ViewSample
 from cache_kd.views.seeding import pixel_hash
 
@@ -66,13 +67,30 @@ def view_batches(
 
 
 def encode_views(
-    views: list[ViewSample], teacher: TeacherModel, codec: TargetCodec, *, batch: int
+    views: list[ViewSample], teacher: TeacherModel, codec: TargetCodec, *, batch: int, place: Callable[[int], str]
 ) -> list[dict[str, np.ndarray]]:
-    """Return one row of columns a view: the encoded targets and the hash of the pixels that the teacher saw."""
-    rows = [codec.encode(targets) for targets in teacher(views, batch=batch)]
-    for row, view in zip(rows, views, strict=True):
+    """Return one row of columns a view: the encoded targets and the hash of the pixels that the teacher saw.
+
+    Args:
+        place: Says of a position in `views` which view and image it is.
+
+    Raises:
+        AlarmError: The teacher said something that cannot be stored, and of what.
+    """
+    rows = []
+    for position, (view, targets) in enumerate(zip(views, teacher(views, batch=batch), strict=True)):
+        try:
+            row = codec.encode(targets)
+        except AlarmError as error:
+            raise AlarmError(f"{place(position)}: {error}; what is committed stays") from error
         row[PIXEL_HASH.name] = np.frombuffer(pixel_hash(view.pixels), dtype=np.uint8)
+        rows.append(row)
     return rows
+
+
+def places(dataset: ViewDataset, view: View, first: int) -> Callable[[int], str]:
+    """Return what `encode_views` needs for views of images `first`, `first` + 1, …."""
+    return lambda position: f"view {view.name}, item {first + position} ({dataset.image_name(first + position)})"
 
 
 def extract_units(
@@ -96,7 +114,8 @@ def extract_units(
     seconds = 0.0
     for unit, last, views in view_batches(dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers):
         started = time.perf_counter()
-        for row in encode_views(views, teacher, codec, batch=batch):
+        first = unit.shard * writer.shard_size + len(rows.get(PIXEL_HASH.name, []))
+        for row in encode_views(views, teacher, codec, batch=batch, place=places(dataset, unit.view, first)):
             for name, values in row.items():
                 rows.setdefault(name, []).append(values)
         seconds += time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from cache_kd.errors import InputDataError, SettingError
 from cache_kd.fingerprint import SourceImage, scan_sources
 from cache_kd.structures import View, ViewSample
-from cache_kd.ultralytics_bridge.scan import ScannedDataset
+from cache_kd.ultralytics_bridge.scan import ScannedDataset, printable
 from cache_kd.views.recipe import Recipe
 from cache_kd.views.seeding import item_seed, random_scope
 
@@ -81,6 +82,10 @@ class ViewDataset(ScannedDataset):
         files = [label["im_file"] for label in self.labels]
         # Not `label_files`, which still lists those of images that were skipped.
         return scan_sources(files, img2label_paths(files))
+
+    def image_name(self, index: int) -> str:
+        """Return the file name of image `index`, for messages."""
+        return printable(Path(self.labels[index]["im_file"]).name)
 
     def load_image(
         self, i: int, rect_mode: bool = True, resize_short: bool = False

@@ -47,13 +47,13 @@ class ScannedDataset(YOLODataset):
             with tempfile.TemporaryDirectory() as folder:
                 result: dict[str, Any] = super().cache_labels(Path(folder) / path.name)
         except ValueError:  # it would name the throw-away file
-            label = _printable(self.label_files[0])
+            label = printable(self.label_files[0])
             raise InputDataError(
                 f"{self.img_path}: no image has a label; allowed: a text file an image, for the first of them {label}"
             ) from None
         finally:
             LOGGER.setLevel(level)
-        said = [_printable(message) for message in result["msgs"]]
+        said = [printable(message) for message in result["msgs"]]
         self.faults = [message for message in said if CORRUPT in message]
         self.notes = [message for message in said if CORRUPT not in message]
         return result
@@ -104,7 +104,7 @@ def _verify_untouched(verify: Callable[[tuple[Any, ...]], Any], arguments: tuple
     return [found and image, *facts, message.replace(copy, image)]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return text that may hold the name of a file in one line that can be written anywhere."""
     return text.replace("\n", "\\n").encode(errors="backslashreplace").decode()
 

@@ -6,6 +6,7 @@ import copyreg
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class DistilledMixin:
     """
 
     kd: Distiller
-    kd_seen: list[tuple[dict[str, Tensor], Tensor]]
+    kd_seen: list[tuple[dict[str, Tensor], Tensor, str]]
     kd_shares: dict[str, float] | None = None
     kd_measure: bool = False
     kd_layers: dict[str, nn.Module]
@@ -47,7 +48,7 @@ class DistilledMixin:
         weighted = {name: term * weights[name] for name, term in raw.items()}
         # Judged by the outputs, not by the loss, which a faulty term would make infinite too. No wait for the device.
         finite = torch.stack([said.scores.isfinite().all(), said.boxes.isfinite().all()]).all()
-        self.kd_seen.append(({name: term.detach() for name, term in raw.items()}, finite))
+        self.kd_seen.append(({name: term.detach() for name, term in raw.items()}, finite, _place(batch)))
         self._measure(detection, {name: term * images for name, term in weighted.items()}, said)
         total = torch.cat([detection.reshape(-1), *(term.reshape(1) * images for term in weighted.values())])
         # A term that is switched off keeps its column.
@@ -110,6 +111,15 @@ def attach_distiller(model: nn.Module, distiller: Distiller) -> nn.Module:
     # In the instance's dictionary only: as an attribute, a mapping of modules is no child of the model.
     model.kd_layers = find_layers(model, distiller.layers, "the student")  # type: ignore[assignment]  # as said
     return model
+
+
+def _place(batch: Mapping[str, Any]) -> str:
+    """Return epoch, view and first images of a batch, for messages; nothing of one that our loader did not make."""
+    if "kd_view" not in batch:
+        return ""
+    images = [Path(file).name for file in batch["im_file"]]
+    shown = ", ".join(images[:3]) + (", …" if len(images) > 3 else "")
+    return f"epoch {batch['kd_epoch'] + 1}, view {batch['kd_view'].name}, images {shown}"
 
 
 def batch_labels(batch: Mapping[str, Any]) -> Labels:

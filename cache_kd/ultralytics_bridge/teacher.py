@@ -66,6 +66,13 @@ def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
         model, content = load_checkpoint(str(path), device="cpu")
     if detect_head(model, f"teacher {path}").cv2 is None or is_fused(model):
         raise InputDataError(f"teacher {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise InputDataError(
+                f"teacher {path}: {count} of {tensor.numel()} values of {name} are not finite; use another checkpoint, "
+                "such as the best.pt of its training"
+            )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     weights, structure = digest_tensors(model.state_dict()), digest_structure(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from ultralytics.utils.torch_utils import select_device, unwrap_model
 
 from cache_kd.cache.files import write_atomic
 from cache_kd.config import to_yaml
-from cache_kd.errors import CacheKDError, InputDataError, MismatchError, SettingError
+from cache_kd.errors import AlarmError, CacheKDError, InputDataError, MismatchError, SettingError
 from cache_kd.losses import LossSpec
 from cache_kd.structures import FrozenHead, HeadSpec, TargetBatch, View
 from cache_kd.student.alarms import TermWatch
@@ -100,7 +101,7 @@ class DistillTrainer(DetectionTrainer):
             LOG.warning("compile=%s is switched off: torch.compile is untested with distillation", self.args.compile)
             self.args.compile = False
         self._dataset: TrainingDataset | None = None
-        self._watch = TermWatch()
+        self._watch = TermWatch(shlex.quote(str(plan.record.get("cache", "CACHE"))))
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -197,6 +198,7 @@ class DistillTrainer(DetectionTrainer):
 
     def optimizer_step(self) -> None:
         """Step as the stock trainer does, but clip student and adapters apart: jointly, adapters shrink the student."""
+        self._watch_terms()  # before the step, which would spread what is not finite
         self.scaler.unscale_(self.optimizer)
         student = unwrap_model(self.model)
         distiller = student._modules.get("kd")
@@ -209,7 +211,6 @@ class DistillTrainer(DetectionTrainer):
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.model)
-        self._watch_terms()
 
     # -- what is said about it --------------------------------------------------------------------------------------
 
@@ -220,8 +221,11 @@ class DistillTrainer(DetectionTrainer):
             return
         if len(student.kd_seen) >= 10 or flush or self.device.type == "cpu":
             seen, student.kd_seen = student.kd_seen, []
-            for terms, finite in seen:
-                self._watch.see({name: float(term) for name, term in terms.items()}, student_finite=bool(finite))
+            # Elsewhere steps may have been taken since the terms were computed, and have spread what is not finite.
+            broken = student.kd.not_finite if self.device.type == "cpu" else lambda name: []
+            for terms, finite, place in seen:
+                values = {name: float(term) for name, term in terms.items()}
+                self._watch.see(values, student_finite=bool(finite), place=place, broken=broken)
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         with full_disk_in_one_line(self.save_dir, self.last):
@@ -301,6 +305,19 @@ class DistillTrainer(DetectionTrainer):
     def final_eval(self) -> None:
         with full_disk_in_one_line(self.save_dir, self.last), stripped_whole():
             super().final_eval()
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Go back to last.pt as the stock trainer does; raises `AlarmError` where it gives up."""
+        try:
+            recovered: bool = super()._handle_nan_recovery(epoch)
+        except CacheKDError:
+            raise
+        except RuntimeError as error:
+            raise AlarmError(
+                f"the student's loss is not finite in epoch {epoch + 1}: {error}; train again with a lower lr0=…, or "
+                f"amp=False, or --balance 0.3"
+            ) from error
+        return recovered
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         if ckpt is not None and self.resume and not 0 <= ckpt["epoch"] < self.epochs - 1:
