@@ -6,7 +6,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,9 @@ from cache_kd.fingerprint import canonical_json, digest_json
 
 TEMPORARY = ".tmp-"
 SEAL = "checksum"
+MAX_DEPTH = 64
+# Written as an escape; two of them that make one character are not ours either: we write it as it is.
+_HALF = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
@@ -25,13 +30,42 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
 def parse_json(data: bytes, where: Path) -> Any:
     """Return the document in `data`; raises `DamagedCacheError` naming `where` if it is not plain JSON."""
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        if _HALF.search(data):
+            raise ValueError("half of a surrogate pair is no text")
+        if _deeper(document, MAX_DEPTH):
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
-        raise DamagedCacheError(f"{where}: not valid JSON ({error})") from error
+        raise DamagedCacheError(f"{where}: not valid JSON ({brief(error)})") from error
+    return document
+
+
+def brief(text: object, limit: int = 200) -> str:
+    """Return `text` cut to `limit` characters: what others wrote must not fill the screen."""
+    whole = str(text)
+    return whole if len(whole) <= limit else f"{whole[: limit - 1]}…"
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
+    raise ValueError(f"{brief(text)} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{brief(text)} is no finite number")
+    return value
+
+
+def _deeper(document: Any, levels: int) -> bool:
+    """Return whether lists and objects in `document` are nested more than `levels` deep."""
+    row = [document]
+    for _ in range(levels + 1):
+        held = (item.values() if isinstance(item, dict) else item for item in row if isinstance(item, dict | list))
+        row = [item for items in held for item in items if isinstance(item, dict | list)]
+        if not row:
+            return False
+    return True
 
 
 def seal(content: dict[str, Any]) -> bytes:

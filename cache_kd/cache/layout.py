@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_kd.cache.files import brief
 from cache_kd.errors import DamagedCacheError, SettingError
 from cache_kd.structures import Column, View
 
@@ -204,16 +205,18 @@ def check_metadata(found: Any, expected: Mapping[str, Any], where: str) -> None:
     if not isinstance(found, dict):
         raise DamagedCacheError(f"{where}: not a JSON object")
     if unknown := sorted(_codec_names(found.get("codecs")) - set(CODECS)):
-        raise DamagedCacheError(f"{where}: codec {', '.join(unknown)} is not allowed; allowed: {', '.join(CODECS)}")
+        names = brief(", ".join(unknown))
+        raise DamagedCacheError(f"{where}: codec {names} is not allowed; allowed: {', '.join(CODECS)}")
     if found.get("node_type") == "array" and found.get("data_type") not in DTYPES.values():
         allowed = ", ".join(DTYPES.values())
-        raise DamagedCacheError(f"{where}: data_type {found.get('data_type')!r} is not allowed; allowed: {allowed}")
+        name = brief(repr(found.get("data_type")))
+        raise DamagedCacheError(f"{where}: data_type {name} is not allowed; allowed: {allowed}")
     for key in sorted({*found, *expected} - {"attributes", "dimension_names"}):
         if key == "storage_transformers" and not found.get(key):
             continue
         if _normal(found.get(key)) != _normal(expected.get(key)):
             raise DamagedCacheError(
-                f"{where}: {key} is {found.get(key)!r}, the manifest declares {expected.get(key)!r}"
+                f"{where}: {key} is {brief(repr(found.get(key)))}, the manifest declares {expected.get(key)!r}"
             )
 
 

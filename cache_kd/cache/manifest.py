@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_kd.cache.files import open_seal, parse_json, read_inside, sha256
+from cache_kd.cache.files import brief, open_seal, parse_json, read_inside, sha256
 from cache_kd.cache.layout import (
     DTYPES,
     FORMAT,
@@ -27,6 +27,9 @@ from cache_kd.structures import Column, HeadSpec, View
 NAME = "manifest.json"
 ROOT = "zarr.json"
 MAX_JSON_BYTES = 256 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
+_LISTED = 20
+_MAX_HEAD = {"levels": 16, "layers": 256, "channels": 2**16, "stride": 2**12, "reg_max": 2**10, "names": 2**16}
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,7 +86,7 @@ class Manifest:
     def from_json(cls, data: Any, where: str = NAME) -> Manifest:
         """Return the manifest in `data`; raises `DamagedCacheError` that lists every fault."""
         if faults := _faults(data):
-            raise DamagedCacheError(f"{where}: {'; '.join(faults)}")
+            raise DamagedCacheError(f"{where}: {'; '.join(brief(fault) for fault in faults[:_LISTED])}")
         parsed = {name: data[name] for name in _FIELDS}
         parsed["arrays"] = {
             name: TeacherArray(array["dtype"], tuple(array["shape"]), array["sha256"])
@@ -202,7 +205,7 @@ def root_attributes(identity: Mapping[str, Any], columns: Iterable[Column], num_
 
 def _read(path: Path, name: str) -> bytes:
     try:
-        return read_inside(os.path.realpath(path), name, MAX_JSON_BYTES)
+        return read_inside(os.path.realpath(path), name, MAX_MANIFEST_BYTES)
     except DamagedCacheError as error:
         raise DamagedCacheError(f"{path / name}: {error}") from error
 
@@ -250,10 +253,23 @@ def _between(low: int, high: int) -> Callable[[Any], str]:
 
 def _head_fault(value: Any) -> str:
     try:
-        HeadSpec.from_json(value)
+        head = HeadSpec.from_json(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"is not a head ({type(error).__name__}: {error})"
-    return ""
+    taps = (*head.taps, *head.layers)
+    sizes = {
+        "levels": [len(head.taps)],
+        "layers": [len(head.layers) + 1],
+        "channels": [tap.channels for tap in taps] + list(head.hold),
+        "stride": [tap.stride for tap in taps],
+        "reg_max": [head.reg_max],
+        "names": [len(head.names)],
+    }
+    return "; ".join(
+        f"has {name} {min(found)} to {max(found)}; allowed: 1 to {_MAX_HEAD[name]}"
+        for name, found in sizes.items()
+        if min(found) < 1 or max(found) > _MAX_HEAD[name]
+    )
 
 
 def _columns_fault(value: Any) -> str:

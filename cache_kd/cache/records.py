@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cache_kd.cache.files import open_seal, seal
+from cache_kd.cache.files import brief, open_seal, seal
 from cache_kd.cache.layout import FORMAT, ArrayLayout
 from cache_kd.errors import DamagedCacheError
 from cache_kd.fingerprint import canonical_json
@@ -81,8 +81,12 @@ def parse_shards(data: Any, view: View, layouts: Mapping[str, ArrayLayout]) -> d
     """Return the files of `view` by path; raises `DamagedCacheError` unless those of the layout are listed."""
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("view") != view.name:
         raise DamagedCacheError(f"not the list of files of {view.name}")
+    files, count = data.get("files"), sum(layout.num_shards for layout in layouts.values())
+    if not isinstance(files, list) or len(files) != count:  # first: a manifest may declare more files than fit memory
+        found = len(files) if isinstance(files, list) else "no"
+        raise DamagedCacheError(f"{found} files are listed, those of the layout are {count}")
     expected = [layout.shard_path(view, shard) for layout in layouts.values() for shard in range(layout.num_shards)]
-    return {entry.path: entry for entry in _parse_files(data.get("files"), expected)}
+    return {entry.path: entry for entry in _parse_files(files, expected)}
 
 
 def _parse_files(data: Any, expected: list[str]) -> tuple[FileEntry, ...]:
@@ -93,10 +97,10 @@ def _parse_files(data: Any, expected: list[str]) -> tuple[FileEntry, ...]:
         wrong = [key for key, kind in _KEYS.items() if type(item[key]) is not kind]
         wrong += [key for key, shape in _SHAPES.items() if not wrong and not shape.fullmatch(item[key])]
         if wrong or item["bytes"] < 0:
-            raise DamagedCacheError(f"file {item['path']!r}: wrong {', '.join(wrong) or 'bytes'}")
+            raise DamagedCacheError(f"file {brief(repr(item['path']))}: wrong {', '.join(wrong) or 'bytes'}")
         entries.append(FileEntry(**item))
     listed = [entry.path for entry in entries]
     if sorted(listed) != sorted(expected):
-        odd = sorted(set(listed) ^ set(expected))
-        raise DamagedCacheError(f"the files listed are not those of the layout, for example {(odd or listed)[:1]}")
+        odd = brief((sorted(set(listed) ^ set(expected)) or listed)[:1])
+        raise DamagedCacheError(f"the files listed are not those of the layout, for example {odd}")
     return tuple(entries)

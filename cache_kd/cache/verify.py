@@ -188,13 +188,13 @@ def _listed(root: str, manifest: Manifest, every: Layouts) -> tuple[Listed, list
 
 def _record_faults(root: str, manifest: Manifest, every: Layouts, listed: Listed) -> Iterator[Fault]:
     """Yield the unit records that are lost or wrong: training does not read them, the next extraction does."""
-    for view in manifest.views:
+    for view in listed:  # of others nothing shows that there are as many units as the manifest declares
         for shard in unit_numbers(manifest):
             first = shard * manifest.shard_size
             samples = (first, min(first + manifest.shard_size, manifest.num_images) - 1)
             try:
                 record = read_record(root, every, view, shard)
-                if view in listed and any(listed[view][entry.path] != entry for entry in record.files):
+                if any(listed[view][entry.path] != entry for entry in record.files):
                     raise DamagedCacheError(f"it lists other files than {shards_path(view)}")
             except DamagedCacheError as error:
                 yield Fault(record_path(view, shard), str(error), view.name, samples)
