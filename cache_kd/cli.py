@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -16,6 +21,27 @@ from cache_kd import __version__
 from cache_kd.errors import CacheKDError
 
 PATH = click.Path(path_type=Path)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what batch systems and containers send before they kill."""
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM end what runs inside as Ctrl-C does; processes forked inside inherit that."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Group(click.Group):
@@ -36,7 +62,8 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminated_as_interrupted():
+                return super().invoke(ctx)
         except click.UsageError as error:
             self._refuse_usage(ctx, error)
         except CacheKDError as error:
@@ -44,12 +71,11 @@ class Group(click.Group):
                 raise
             click.echo(f"cache-kd: {' '.join(str(error).split())}", err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            again = "what is committed stays, run the same command again to go on"
-            if ctx.invoked_subcommand == "train":
-                again = "go on after the last whole epoch: cache-kd train resume=RUN/weights/last.pt"
-            click.echo(f"cache-kd: interrupted; {again}", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as interrupt:
+            notes = getattr(interrupt, "__notes__", ["what is committed stays, run the same command again to go on"])
+            stopped, code = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
+            click.echo(f"cache-kd: {stopped}; {' '.join(notes)}", err=True)
+            ctx.exit(code)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
