@@ -43,6 +43,7 @@ def train(
     *,
     cache: Cache | str | Path | None = None,
     losses: Sequence[str] = (),
+    balance: float | None = None,
     data: str | Path | None = None,
     name: str | None = None,
     verify_pixels: str = "first",
@@ -54,6 +55,7 @@ def train(
         student: Model YAML or checkpoint.
         cache: A `Cache`, its folder, or None for the newest complete one.
         losses: Specs as on the command line; empty takes the defaults, ["none"] trains plainly on the same views.
+        balance: Share of the neck's gradient at which each term is held that names no share of its own.
         settings: Ultralytics' own settings, such as epochs=50.
 
     Raises:
@@ -66,6 +68,7 @@ def train(
             cache=Path(folder) if folder is not None else None,
             data=Path(data) if data is not None else None,
             losses=tuple(losses),
+            balance=balance,
             name=name,
             verify_pixels=verify_pixels,
             settings=settings,

@@ -90,6 +90,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     if settings.verify_pixels not in PROOFS:
         raise SettingError(f"--verify-pixels {settings.verify_pixels!r}; allowed: {', '.join(PROOFS)}")
     extra = dict(settings.settings or {})
+    import_user_modules(settings.imports)  # first: a file may add losses to `LOSSES`
     settings, extra = _resumed(settings, extra)
     cache = _open(settings, say)
     if differing := other_versions(cache.manifest.identity):
@@ -101,7 +102,6 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     recipe = Recipe.from_settings(cache.manifest.recipe)
     check_settings(extra)
     check_pixel_settings(extra, recipe, cache.manifest.imgsz)
-    import_user_modules(settings.imports)
     losses = _losses(settings, cache.manifest)
     say(f"losses: {', '.join(map(str, losses)) or 'none, a plain run on the same views'}")
     if extra.get("resume"):
@@ -236,6 +236,11 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
             f"{checkpoint} was trained with {', '.join(recorded['losses'])}, --loss says {', '.join(asked)}; "
             "leave --loss out to go on, or start a new run"
         )
+    if settings.balance is not None and not asked and not _balances(recorded["losses"], settings.balance):
+        raise MismatchError(
+            f"{checkpoint} was trained with {', '.join(recorded['losses'])}, not with --balance "
+            f"{settings.balance:g}; leave --balance out to go on, or start a new run"
+        )
     cache = settings.cache or Path(recorded["cache"])
     identity = Cache(cache).manifest.identity_digest
     if identity != recorded["identity"]:
@@ -268,6 +273,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     if faults:
         raise MismatchError(f"{path} is not the record of a run: {', '.join(faults)}; start a new run")
     return recorded
+
+
+def _balances(recorded: list[str], share: float) -> bool:
+    """Return whether a run with these losses is what `--balance share` makes: each holds a share, one this share."""
+    shares = [] if recorded == [NO_LOSSES] else [spec.balance for spec in parse_losses(recorded)]
+    return all(shares) and share in shares
 
 
 def _written(settings: TrainSettings) -> list[str]:
