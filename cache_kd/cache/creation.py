@@ -26,11 +26,11 @@ from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, ROOT, TeacherArray, lo
 from cache_kd.cache.shard import with_checksum
 from cache_kd.errors import DamagedCacheError, MismatchError, SettingError
 from cache_kd.fingerprint import (
-    Difference,
     OtherIdentityError,
     SourceImage,
     canonical_json,
     differences,
+    digest_sources,
     listed,
     source_changes,
 )
@@ -128,10 +128,12 @@ def _check_same(path: Path, found: dict[str, Any], start: Start) -> None:
     """Raise `OtherIdentityError` naming each part in which the cache at `path` differs: what it has, what is wanted."""
     wanted = start.attributes()
     # What follows from the identity, such as the columns, is named only where the identity does not say why.
-    differing = differences(found.get("identity") or {}, wanted["identity"]) or differences(found, wanted)
+    held = found.get("identity")
+    identity = held if isinstance(held, dict) else {}
+    differing = differences(identity, wanted["identity"]) or differences(found, wanted)
     if not differing:
         return
-    data = source_changes(_recorded_images(path), _images(start.data)) if _concerns_data(differing) else []
+    data = _data_changes(path, identity, start) if any(change.part.startswith("data.") for change in differing) else []
     named = [change for change in differing if not (data and change.part.startswith("data."))]
     raise OtherIdentityError(
         f"{path} is a cache of something else ({listed([*named, *data])}); give another --cache, or the same settings",
@@ -139,16 +141,14 @@ def _check_same(path: Path, found: dict[str, Any], start: Start) -> None:
     )
 
 
-def _concerns_data(differing: tuple[Difference, ...]) -> bool:
-    return any(change.part.startswith("data.") for change in differing)
-
-
-def _recorded_images(path: Path) -> list[SourceImage]:
-    """Return the images of `data.json`; none where it cannot be read, so that their digests are named instead."""
+def _data_changes(path: Path, identity: dict[str, Any], start: Start) -> list[str]:
+    """Return which images and labels differ; nothing unless `data.json` lists those of the cache's identity."""
     try:
-        return _images(parse_json(read_inside(os.path.realpath(path), DATA, MAX_JSON_BYTES), path / DATA))
+        recorded = _images(parse_json(read_inside(os.path.realpath(path), DATA, MAX_JSON_BYTES), path / DATA))
     except DamagedCacheError:
         return []
+    sound = digest_sources(recorded) == identity.get("data")
+    return source_changes(recorded, _images(start.data)) if sound else []
 
 
 def _images(data: Any) -> list[SourceImage]:
