@@ -74,11 +74,12 @@ def gradients(folder: Path) -> list[dict[str, str]]:
 
 
 def train_student(
-    cache: Path,
+    cache: Path | None,
     project: Path,
     *losses: str,
     student: str = "yolov8n.yaml",
     data: Path | None = None,
+    balance: float | None = None,
     before_batch: Callable[[DistillTrainer, dict[str, Any]], None] = lambda trainer, batch: None,
     **settings: Any,
 ) -> Run:
@@ -101,11 +102,40 @@ def train_student(
     with mock.patch.object(training, "DistillTrainer", Watched):
         try:
             training.train(
-                training.TrainSettings(student=student, cache=cache, data=data, losses=losses, settings=every)
+                training.TrainSettings(
+                    student=student, cache=cache, data=data, losses=losses, balance=balance, settings=every
+                )
             )
         finally:
             torch.set_num_threads(threads)
     return runs[-1]
+
+
+class Interrupt(KeyboardInterrupt):
+    """What a test ends a run with."""
+
+
+ENDED = r"^(\ngo on after the last whole epoch: .*)?$"
+"""What the interrupt says when it has passed through the trainer."""
+
+
+def interrupt_at(epoch: int, batch: int) -> Callable[[DistillTrainer, dict[str, Any]], None]:
+    """Return what ends a run before the given batch of an epoch, both from 0."""
+    seen: list[int] = []
+
+    def act(trainer: DistillTrainer, _: dict[str, Any]) -> None:
+        seen.append(trainer.epoch)
+        if trainer.epoch == epoch and seen.count(epoch) > batch:
+            raise Interrupt
+
+    return act
+
+
+def resume(folder: Path, *losses: str, **settings: Any) -> Run:
+    """Resume the run in `folder`, writing into the same."""
+    last = folder / "weights" / "last.pt"
+    project = folder.parent
+    return train_student(None, project, *losses, student="", resume=str(last), save_dir=str(folder), **settings)
 
 
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
