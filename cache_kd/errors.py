@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CacheKDError(Exception):
@@ -42,6 +43,19 @@ class DiskSpaceError(CacheKDError, OSError):
 
 class AlarmError(CacheKDError, RuntimeError):
     """A distillation term, a target or a gradient has a value that makes the run worthless."""
+
+
+@contextmanager
+def in_own_words() -> Iterator[None]:
+    """Give an error of ours that a loader's worker raised its line back: torch wraps it in the worker's traceback."""
+    try:
+        yield
+    except CacheKDError as error:
+        kind = type(error)
+        wrapping, _, line = str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
+        if "in DataLoader worker process" not in wrapping:
+            raise
+        raise kind(line.strip()) from error
 
 
 def choices(name: str, known: Iterable[str]) -> str:

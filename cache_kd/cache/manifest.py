@@ -134,17 +134,18 @@ def read_root(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise MissingFileError(f"no cache at {path}; make one with `cache-kd extract --teacher best.pt`")
-    if not (path / ROOT).is_file():
+    if not os.path.lexists(path / ROOT) and not os.path.lexists(path / NAME):
         raise MissingFileError(
             f"{path} is not a cache: it has no {ROOT}; make one with `cache-kd extract --teacher best.pt`"
         )
-    again = f"`cache-kd verify {path} --repair` writes it again"
     try:
         content = parse_json(_read(path, ROOT), path / ROOT)
     except DamagedCacheError as error:
-        raise DamagedCacheError(f"{error}; {again}") from error
+        raise DamagedCacheError(f"{error}; {_way_to_a_root(path)}") from error
     attributes = content.get("attributes") if isinstance(content, dict) else None
     ours = attributes.get("cache_kd") if isinstance(attributes, dict) else None
+    if not isinstance(ours, dict) and os.path.lexists(path / NAME):
+        raise DamagedCacheError(f"{path / ROOT} has no attribute cache_kd; {_way_to_a_root(path)}")
     if not isinstance(ours, dict):
         raise MissingFileError(f"{path} is not a cache of cache-kd: its {ROOT} has no attribute cache_kd")
     if ours.get("format") != FORMAT:
@@ -164,7 +165,7 @@ def read_manifest(path: Path) -> Manifest:
     root = read_root(path)
     if not (path / NAME).is_file():
         raise DamagedCacheError(
-            f"{path} is an unfinished cache; run the same `cache-kd extract` again, it goes on where it was"
+            f"{path} has no {NAME}: an unfinished cache; run the same `cache-kd extract` again, it goes on where it was"
         )
     manifest = load_manifest(path)
     expected = root_attributes(manifest.identity, manifest.columns, manifest.num_images)
@@ -174,6 +175,15 @@ def read_manifest(path: Path) -> Manifest:
             f"`cache-kd verify {path} --repair` writes {ROOT} again"
         )
     return manifest
+
+
+def _way_to_a_root(path: Path) -> str:
+    """Return what to type when the root group is damaged: a sound manifest tells all that it said."""
+    try:
+        load_manifest(path)
+    except DamagedCacheError:
+        return f"nothing else tells what it said: delete {path} and extract again"
+    return f"`cache-kd verify {path} --repair` writes it again"
 
 
 def load_manifest(path: Path) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from cache_kd.errors import AlarmError, MismatchError
+from cache_kd.errors import AlarmError, MismatchError, in_own_words
 from cache_kd.structures import View
 from cache_kd.student.schedule import ViewSchedule
 
@@ -53,14 +53,16 @@ class ViewLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         # A generator, because the trainer calls iter() twice an epoch and only the second may start the workers' pass.
         expected = self.sampler.epoch  # type: ignore[attr-defined]  # DataLoader declares the sampler's base class
-        for batch in super().__iter__():
-            if batch["kd_epoch"] != expected:
-                raise AlarmError(f"stale batch: it holds epoch {batch['kd_epoch']}, the trainer is in epoch {expected}")
-            if fault := batch.pop("kd_fault", None):
-                raise MismatchError(fault)
-            checked, served = batch.pop("kd_checked", (0, 0))
-            self.proven = (self.proven[0] + checked, self.proven[1] + served)
-            yield batch
+        with in_own_words():
+            for batch in super().__iter__():
+                held = batch["kd_epoch"]
+                if held != expected:
+                    raise AlarmError(f"stale batch: it holds epoch {held}, the trainer is in epoch {expected}")
+                if fault := batch.pop("kd_fault", None):
+                    raise MismatchError(fault)
+                checked, served = batch.pop("kd_checked", (0, 0))
+                self.proven = (self.proven[0] + checked, self.proven[1] + served)
+                yield batch
 
     def reset(self) -> None:
         """Drop the workers; the next iteration starts new ones."""

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from cache_kd.cache.writer import CacheWriter
-from cache_kd.errors import AlarmError
+from cache_kd.errors import AlarmError, in_own_words
 from cache_kd.structures import Column, HeadSpec, SampleTargets, TargetCodec, View, ViewDataset, ViewSample
 from cache_kd.views.seeding import pixel_hash
 
@@ -62,8 +62,9 @@ def view_batches(
         num_workers=workers,
         collate_fn=list,
     )
-    for (unit, last), views in zip(plan, loader, strict=True):
-        yield unit, last, views
+    with in_own_words():
+        for (unit, last), views in zip(plan, loader, strict=True):
+            yield unit, last, views
 
 
 def encode_views(
