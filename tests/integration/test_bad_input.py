@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 from small_inputs import build_model, save_model, small_data
 
+from cache_kd import losses
 from cache_kd.cli import main
 
 SMALL = ["--imgsz", "64", "--batch", "4", "--views", "1", "--plain-views", "0", "--device", "cpu"]
@@ -203,6 +204,14 @@ def test_a_data_set_without_a_readable_image_is_refused(refused: Refused, teache
         (["mosaic=2"], "mosaic=2"),
         (["epochs=3"], "epochs=3 is not an augmentation key"),
         (["--import", "gone.py"], "--import gone.py: no such file"),
+        (["--store", "vlr"], "give it with them: --store logits,vlr"),
+        (["--taps", "P3,P3"], "--taps P3,P3 names a layer twice; name each once"),
+        (["--taps", "99"], "has no layer '99'; allowed: C3, C4, C5 for the backbone's stages, a number from 0 to 21"),
+        (["--taps", "C4,C9"], "has no layer 'C9'; allowed: C1, C2, C3, C4, C5 for the backbone's stages"),
+        (["--taps", "x"], "has no layer 'x'; allowed: C3, C4, C5"),
+        (["--taps", "22"], "has no layer '22'; allowed: C3, C4, C5"),
+        (["--taps", "6.m"], "layer '6.m' of teacher"),
+        (["--taps", "C4", "--store", "logits"], "--taps keeps maps; give it with --store features"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -265,15 +274,80 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
         ("cwd:temperature=-1", "temperature=-1.0 is not allowed; allowed: "),
         ("cwd:temperature=warm", "temperature=warm is not allowed; allowed: "),
         ("cwd:temperature", "is not key=value"),
-        ("cwd:weight=-1", "weight=-1 is not allowed; allowed: "),
+        ("cwd:weight=-1", "weight=-1.0 is not allowed; allowed: "),
         ("cwd:weight=nan", "weight=nan is not allowed"),
         ("cwd:weight=1,weight=2", "weight is given twice"),
+        ("cwd:warmup=-1", "warmup=-1.0 is not allowed; allowed: finite numbers from 0"),
+        ("cwd:cosine=1.5", "cosine=1.5 is not allowed; allowed: finite numbers from 0 to 1"),
+        ("cwd:until=1.5", "until=1.5 is not allowed; allowed: whole numbers from 0"),
+        ("cwd:balance=1", "balance=1.0 is not allowed; allowed: finite numbers from 0 to 0.9"),
+        ("cwd:layers=P3,P3", "layers=P3,P3 is not allowed; allowed: P3, P4, P5, and layers that were extracted"),
+        ("cwd:layers=P3,,P4", "layers=P3,,P4 is not allowed; allowed: P3, P4, P5"),
+        ("cwd:layers=P3:", "layers=P3: is not allowed; allowed: P3, P4, P5"),
+        ("cwd:layers=P4:99", "student yolov8n.yaml has no layer '99'; allowed: C3, C4, C5"),
+        ("cwd:layers=P4:4", "the student's 4 has stride 8, the teacher's P4 has 16; allowed: layers of equal stride"),
+        ("cwd:layers=C4", "loss cwd needs the layer C4, and the cache was extracted with --store features,logits; "),
+        ("fsp:layers=P3", "allowed: two layers or more, for example fsp:layers=P3,P4"),
+        ("crosskd:position=9", "position=9 is not allowed; allowed: whole numbers from 0 to 2"),
+        ("crosskd:position=1.5", "position=1.5 is not allowed; allowed: whole numbers from 0 to 2"),
+        ("ld:region=foo", "region=foo is not allowed; allowed: teacher, assigned"),
+        ("ld:vlr=0.25", "loss ld needs vlr, and the cache was extracted with --store features,logits; "),
+        ("pa:scale=0", "scale=0.0 is not allowed; allowed: finite numbers from 0.05 to 0.95"),
+        ("mgd:lambda_=1", "lambda_=1.0 is not allowed; allowed: finite numbers from 0 to below 1"),
+        ("kd:protocol=sofmax", "protocol=sofmax is not allowed; allowed: sigmoid, softmax"),
+        ("ifvd:background=yes", "background=yes is not allowed; allowed: true, false"),
     ],
 )
 def test_a_loss_that_does_not_exist_or_is_badly_parametrised_is_refused(
     refused: Refused, few_cache: Path, spec: str, says: str
 ) -> None:
     assert says in refused("train", "--student", "yolov8n.yaml", "--cache", few_cache, "--loss", spec, *QUICK)
+
+
+@pytest.mark.parametrize("share", ["2", "-0.1", "nan"])
+def test_a_balance_out_of_range_is_refused(refused: Refused, few_cache: Path, share: str) -> None:
+    words = ["train", "--student", "yolov8n.yaml", "--cache", few_cache, "--loss", "cwd", "--balance", share, *QUICK]
+    assert f"--balance {share}; allowed: finite numbers from 0 to 0.9" in refused(*words)
+
+
+TOY = """
+from cache_kd.losses import LOSSES, DistillLoss
+
+class Toy(DistillLoss):
+    name = "toy"
+    title = "the size of the first map"
+    paper = "none"
+    needs = frozenset({"features"})
+    default_weight = 0.5
+    cost = "nothing"
+
+    def term(self, student, targets):
+        return (student.features[0].mean() - targets.features[0].mean()).square()
+
+LOSSES["toy"] = Toy
+"""
+
+
+def test_a_loss_of_the_users_own_file_is_trained_and_resumed(
+    few_cache: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))  # the file adds to this copy
+    (work / "my_loss.py").write_text(TOY)
+    train = ["train", "--student", "yolov8n.yaml", "--cache", few_cache]
+    unknown = run(*train, "--loss", "toy", *QUICK)
+    assert unknown.exit_code == 1 and "no loss 'toy'" in unknown.stderr
+    done = run(*train, "--import", "my_loss.py", "--loss", "toy", *QUICK)
+    assert done.exit_code == 0, done.stderr
+    assert "losses: toy:weight=0.5" in done.stdout
+    folder = work / "runs" / "detect" / "train"
+    header, row = (folder / "results.csv").read_text().splitlines()
+    values = dict(zip(header.split(","), row.split(","), strict=True))
+    assert float(values["train/toy_loss"]) > 0
+    # Known at once, the run is refused for what it is: finished.
+    last = folder / "weights" / "last.pt"
+    losses.LOSSES.pop("toy")
+    again = run("train", "--import", "my_loss.py", "--loss", "toy", f"resume={last}")
+    assert again.exit_code == 1 and "is finished" in again.stderr, again.stderr
 
 
 def test_a_loss_given_twice_is_refused(refused: Refused, few_cache: Path) -> None:
@@ -290,7 +364,8 @@ def test_a_loss_whose_targets_the_cache_lacks_is_refused(
     done = run("extract", "--teacher", teacher, "--data", few_images, *SMALL, "--store", store, "--cache", "cache")
     assert done.exit_code == 0, done.output
     line = refused("train", "--student", "yolov8n.yaml", "--cache", "cache", "--loss", loss, *QUICK)
-    assert f"loss {loss} needs {need}" in line and f"--store {store}" in line and "extract again" in line
+    assert f"loss {loss} needs {need}, and the cache was extracted with --store {store}; " in line
+    assert "cache-kd extract --teacher yolov8s-bccd.pt " in line and line.endswith(" --store features,logits")
 
 
 def test_ld_is_refused_where_boxes_are_no_distributions(
@@ -463,6 +538,9 @@ def test_a_setting_that_ultralytics_would_not_take_is_refused(
         (["extract"], "Missing option '--teacher'"),
         (["extract", "--teacher", "best.pt", "--views", "many"], "'many' is not a valid integer"),
         (["extract", "--teacher", "best.pt", "--view", "3"], "--views"),
+        (["extract", "--teacher", "best.pt", "--tap", "C4"], "--taps"),
+        (["train", "--student", "yolov8n.yaml", "--balance", "much"], "'much' is not a valid float"),
+        (["train", "--student", "yolov8n.yaml", "--threads", "0"], "--threads"),
         (["train", "epochs=3"], "--student"),
         (["inspect"], "CACHE"),
         (["distil"], "distil"),
