@@ -278,7 +278,7 @@ def _head_fault(value: Any) -> str:
     return "; ".join(
         f"has {name} {min(found)} to {max(found)}; allowed: 1 to {_MAX_HEAD[name]}"
         for name, found in sizes.items()
-        if min(found) < 1 or max(found) > _MAX_HEAD[name]
+        if found and (min(found) < 1 or max(found) > _MAX_HEAD[name])
     )
 
 
