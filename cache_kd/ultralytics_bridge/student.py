@@ -32,6 +32,7 @@ class DistilledMixin:
     kd: Distiller
     kd_seen: list[tuple[dict[str, Tensor], Tensor, str]]
     kd_shares: dict[str, float] | None = None
+    kd_weights: dict[str, float]
     kd_measure: bool = False
     kd_layers: dict[str, nn.Module]
     _kd_base: type[nn.Module]
@@ -87,7 +88,8 @@ class DistilledMixin:
         own = {name: {key: said.layers[key] for key in self.kd.own_layers(name)} for name in weighted}
         shares = gradient_shares(detection.sum(), weighted, said.features, own)
         if self.kd_measure:
-            self.kd_measure, self.kd_shares = False, shares
+            # The factors that gave these shares: a balance changes them next.
+            self.kd_measure, self.kd_shares, self.kd_weights = False, shares, self.kd.weights
         if due:
             self.kd.rebalance(shares)
 

@@ -238,7 +238,7 @@ class DistillTrainer(DetectionTrainer):
         self._watch_terms(flush=True)
         shares: dict[str, float] | None = getattr(student, "kd_shares", None)
         if shares:
-            weights = student.kd.weights
+            weights: dict[str, float] = student.kd_weights
             self._watch.see_shares({name: share for name, share in shares.items() if weights[name]})
             log = self.save_dir / GRADIENTS
             head = "" if log.exists() else "epoch,term,share,weight\n"
