@@ -12,6 +12,7 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.codecs import ViewCodec
 from cache_kd.fingerprint import SourceImage, compare_sources
+from cache_kd.pipeline.contents import check_contents, checked_codec, checked_images
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.structures import FrozenHead, Targets, View
 from cache_kd.ultralytics_bridge.data import find_data_file, load_data
@@ -33,6 +34,7 @@ class Cache:
     def __init__(self, path: Path | str, *, data: Path | str | None = None) -> None:
         self.path = Path(path)
         self.reader = CacheReader(self.path)
+        check_contents(self.reader.manifest, self.path)
         self._data = Path(data) if data is not None else None
 
     @property
@@ -48,7 +50,7 @@ class Cache:
     @cached_property
     def images(self) -> tuple[SourceImage, ...]:
         """The ordered images: relative path, bytes, content hashes of image and label."""
-        return tuple(SourceImage(*row) for row in self.reader.read_data()["images"])
+        return checked_images(self.reader.read_data(), self.manifest.num_images, self.path)
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +60,7 @@ class Cache:
     @cached_property
     def codec(self) -> ViewCodec:
         """How its columns become targets."""
-        return ViewCodec.from_description(self.manifest.codec, self.manifest.head, self.manifest.imgsz)
+        return checked_codec(self.manifest, self.path)
 
     def frozen_head(self) -> FrozenHead:
         """Return the teacher's head, rebuilt from the arrays that the cache holds.
@@ -144,5 +146,5 @@ def extract_command(manifest: Manifest) -> str:
         "precision": manifest.environment["precision"],
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    augment = [f"{key}={value}" for key, value in teacher["augment"].items()]
+    augment = [shlex.quote(f"{key}={value}") for key, value in teacher["augment"].items()]
     return " ".join(["cache-kd extract", *words, *augment])

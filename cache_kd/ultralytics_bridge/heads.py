@@ -180,6 +180,9 @@ def rebuild_head(spec: HeadSpec, recipe: Mapping[str, Any], arrays: Mapping[str,
     Raises:
         MismatchError: The weights do not fit a stock head (a teacher with a head of its own).
     """
+    known = {name for name, item in vars(nn.modules.activation).items() if isinstance(item, type)}
+    if recipe["activation"] not in [None, "Identity", *known]:  # a cache may come from others: no other name is called
+        raise MismatchError(f"the stored head is not a stock Detect head: activation {recipe['activation']!r}")
     kind = PlainDetect if recipe["legacy"] else SeparableDetect
     head = kind(nc=spec.num_classes, reg_max=spec.reg_max, end2end=spec.end2end, ch=[tap.channels for tap in spec.taps])
     head.stride = torch.tensor([float(tap.stride) for tap in spec.taps])
