@@ -3,7 +3,8 @@
 from cache_kd.cache.find import FoundCache, find_caches
 from cache_kd.cache.manifest import Manifest, read_manifest
 from cache_kd.cache.reader import CacheReader
-from cache_kd.cache.verify import Fault, VerifyReport, verify_cache
+from cache_kd.cache.shard_faults import Fault
+from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.cache.writer import CacheWriter
 
 __all__ = [

@@ -38,7 +38,7 @@ def with_checksum(data: bytes) -> bytes:
     return data + int(google_crc32c.value(data)).to_bytes(CHECKSUM, "little")
 
 
-def without_checksum(data: bytes) -> np.ndarray:
+def without_checksum(data: bytes | memoryview) -> np.ndarray:
     """Return the bytes (u8) before the crc32c that ends `data`; raises `DamagedCacheError` if it does not fit them."""
     body = np.frombuffer(data, np.uint8)[:-CHECKSUM]
     if len(data) < CHECKSUM or google_crc32c.value(body) != int.from_bytes(data[-CHECKSUM:], "little"):
@@ -111,7 +111,7 @@ def decode_chunk(data: bytes, layout: ArrayLayout) -> np.ndarray:
     return chunk
 
 
-def check_frame(data: bytes, layout: ArrayLayout) -> None:
+def check_frame(data: bytes | memoryview, layout: ArrayLayout) -> None:
     """Raise `DamagedCacheError` unless the blosc header of chunk `data` declares the sizes that the layout does."""
     if len(data) < _BLOSC_HEADER + CHECKSUM:
         raise DamagedCacheError(f"a chunk of {len(data)} bytes is no blosc frame")

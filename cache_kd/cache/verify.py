@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cache_kd.cache.creation import DATA
-from cache_kd.cache.files import TEMPORARY, find_leftovers, open_inside, parse_json, read_inside, sha256
-from cache_kd.cache.layout import CHECKSUM, ArrayLayout, check_metadata, check_with_zarr, layouts, teacher_path
+from cache_kd.cache.files import TEMPORARY, find_leftovers, parse_json, read_inside, sha256
+from cache_kd.cache.layout import CHECKSUM, check_metadata, check_with_zarr, layouts, teacher_path
 from cache_kd.cache.listing import (
     Layouts,
     listed_files,
@@ -36,29 +36,13 @@ from cache_kd.cache.manifest import (
     read_manifest,
 )
 from cache_kd.cache.records import FileEntry, record_path, shards_path
-from cache_kd.cache.shard import check_frame, parse_index, without_checksum
+from cache_kd.cache.shard import without_checksum
+from cache_kd.cache.shard_faults import Fault, ShardFile, shard_faults, size_faults
 from cache_kd.errors import CacheKDError, DamagedCacheError
 from cache_kd.structures import View
 
 Progress = Callable[[int, int], None]
 Listed = dict[View, dict[str, FileEntry]]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault: the file in the cache, what is wrong, and the view and samples (first, last) that it spoils if any."""
-
-    file: str
-    what: str
-    view: str | None = None
-    samples: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        if self.view is None or self.samples is None:
-            return f"{self.file}: {self.what}"
-        first, last = self.samples
-        samples = f"sample {first}" if first == last else f"samples {first} to {last}"
-        return f"{self.file}: {self.what} (view {self.view}, {samples})"
 
 
 @dataclass(frozen=True)
@@ -200,25 +184,9 @@ def _record_faults(root: str, manifest: Manifest, every: Layouts, listed: Listed
                 yield Fault(record_path(view, shard), str(error), view.name, samples)
 
 
-@dataclass(frozen=True)
-class _ShardFile:
-    """A shard file as it should be."""
-
-    view: View
-    layout: ArrayLayout
-    shard: int
-    entry: FileEntry
-
-    @property
-    def samples(self) -> tuple[int, int]:
-        """The first and the last one."""
-        first = self.shard * self.layout.samples
-        return first, first + self.layout.rows(self.shard) - 1
-
-
-def _shard_files(listed: Listed, every: Layouts) -> list[_ShardFile]:
+def _shard_files(listed: Listed, every: Layouts) -> list[ShardFile]:
     return [
-        _ShardFile(view, layout, shard, files[layout.shard_path(view, shard)])
+        ShardFile(view, layout, shard, files[layout.shard_path(view, shard)])
         for view, files in listed.items()
         for layout in every.values()
         for shard in range(layout.num_shards)
@@ -233,7 +201,7 @@ def _chosen(count: int, fraction: float, seed: int) -> Sequence[int]:
 
 
 def _all_shard_faults(
-    root: str, files: list[_ShardFile], chosen: Sequence[int], jobs: int, progress: Progress | None
+    root: str, files: list[ShardFile], chosen: Sequence[int], jobs: int, progress: Progress | None
 ) -> list[Fault]:
     """Return the faults of all shard files in their order; those not chosen are only measured."""
     wanted = set(chosen)
@@ -242,7 +210,7 @@ def _all_shard_faults(
     faults: list[Fault] = []
 
     def look(number: int) -> list[Fault]:
-        return _shard_faults(root, files[number]) if number in wanted else _size_faults(root, files[number])
+        return shard_faults(root, files[number]) if number in wanted else size_faults(root, files[number])
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -254,48 +222,6 @@ def _all_shard_faults(
                     progress(seen, total)
     finally:  # an interrupt waits for the files in work, not for all the others
         pool.shutdown(cancel_futures=True)
-    return faults
-
-
-def _size_faults(root: str, file: _ShardFile) -> list[Fault]:
-    try:
-        descriptor = open_inside(root, file.entry.path)
-    except DamagedCacheError as error:
-        return [Fault(file.entry.path, str(error), file.view.name, file.samples)]
-    try:
-        return _wrong_size(file, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
-
-
-def _wrong_size(file: _ShardFile, size: int) -> list[Fault]:
-    if size == file.entry.bytes:
-        return []
-    what = f"{size} bytes, {shards_path(file.view)} says {file.entry.bytes}"
-    return [Fault(file.entry.path, what, file.view.name, file.samples)]
-
-
-def _shard_faults(root: str, file: _ShardFile) -> list[Fault]:
-    """Return the faults of one shard file: of the file as a whole, then of each chunk whose bytes fail."""
-    entry, layout, view, everything = file.entry, file.layout, file.view, file.samples
-    try:
-        content = read_inside(root, entry.path, entry.bytes)
-        if wrong := _wrong_size(file, len(content)):
-            return wrong
-        index = parse_index(content[len(content) - layout.index_bytes :], len(content), layout, layout.rows(file.shard))
-    except DamagedCacheError as error:
-        return [Fault(entry.path, str(error), view.name, everything)]
-    faults: list[Fault] = []
-    for position, (offset, length) in enumerate(index):
-        chunk = content[offset : offset + length]
-        try:
-            without_checksum(chunk)
-            check_frame(chunk, layout)
-        except DamagedCacheError as error:
-            spoilt = everything if layout.column.whole else (everything[0] + position, everything[0] + position)
-            faults.append(Fault(entry.path, str(error), view.name, spoilt))
-    if not faults and sha256(content) != entry.sha256:
-        faults.append(Fault(entry.path, "sha256 does not match: another shard's content", view.name, everything))
     return faults
 
 

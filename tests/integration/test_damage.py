@@ -21,7 +21,8 @@ from small_inputs import build_model, save_model
 
 from cache_kd.cache import layout
 from cache_kd.cache.reader import CacheReader
-from cache_kd.cache.verify import Fault, verify_cache
+from cache_kd.cache.shard_faults import Fault
+from cache_kd.cache.verify import verify_cache
 from cache_kd.cli import main
 from cache_kd.errors import CacheKDError
 from cache_kd.pipeline.extraction import ExtractSettings, extract
