@@ -144,6 +144,7 @@ def test_two_resumes_of_one_checkpoint_go_on_alike(interrupted: Interrupted, gon
     assert all(torch.equal(*pair) for pair in zip(other.masks, gone_on.masks, strict=True))
 
 
+@pytest.mark.slow
 def test_without_their_moments_critics_go_elsewhere(interrupted: Interrupted, gone_on: Resumed, tmp_path: Path) -> None:
     """What is compared above does depend on what the sidecar file holds."""
     folder = Path(shutil.copytree(interrupted.folder, tmp_path / "train"))

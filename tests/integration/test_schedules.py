@@ -91,7 +91,11 @@ def test_the_gradient_is_that_of_the_factor(few_cache: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("loss", "settings"), [(WEAK, STILL), ("mimic:weight=0.001", {"optimizer": "SGD", "lr0": 0.001})]
+    ("loss", "settings"),
+    [
+        (WEAK, STILL),
+        pytest.param("mimic:weight=0.001", {"optimizer": "SGD", "lr0": 0.001}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_balance_moves_the_share_to_its_target(
     few_cache: Path, tmp_path: Path, loss: str, settings: dict[str, Any]

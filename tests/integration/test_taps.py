@@ -14,7 +14,7 @@ import torch
 from cached_batches import distilled, prepared, seen_outputs
 from click.testing import CliRunner
 from small_inputs import TAPS, build_model, extraction_threads, small_data
-from student_runs import Run, differing, results, train_student
+from student_runs import Run, differing, distiller_tensors, results, train_student
 from torch import Tensor, nn
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -270,7 +270,7 @@ def test_a_student_learns_from_layers_and_keeps_no_trace_of_them(
 
     def keep_first(trainer: DistillTrainer, batch: dict[str, Any]) -> None:
         if not begun:
-            begun.append({n: v.clone() for n, v in unwrap_model(trainer.model).kd.state_dict().items()})
+            begun.append(distiller_tensors(trainer))
 
     run = train_student(
         full_cache, tmp_path, loss, student=student, epochs=4, close_mosaic=0, before_batch=keep_first, optimizer="SGD"

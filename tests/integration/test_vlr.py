@@ -82,7 +82,9 @@ def refusal(cache: str, loss: str) -> tuple[str, list[str]]:
     ("extra", "loss", "lacks", "gains"),
     [
         ([], VLR, "loss ld needs vlr, and the cache was extracted with --store features,logits", {"vlr"}),
-        (["--store", "features"], VLR, "loss ld needs logits and vlr", {"logits", "vlr"}),
+        pytest.param(
+            ["--store", "features"], VLR, "loss ld needs logits and vlr", {"logits", "vlr"}, marks=pytest.mark.slow
+        ),
         (
             ["--taps", "C4", "--seed", "3", "--fidelity", "small", "degrees=5.0", "mosaic=0.5"],
             "cwd:layers=C3,C4",
