@@ -36,8 +36,15 @@ class ScannedDataset(YOLODataset):
         self.faults: list[str] = []
         self.notes: list[str] = []
         super().__init__(*args, **settings)
-        # A folder that does not exist switches them off.
-        self.npy_files = [Path("/nonexistent/none.npy")] * self.ni
+
+    @property
+    def npy_files(self) -> list[Path]:
+        """Files that do not exist, one an image: the stock set looks for its `*.npy` here, already while it is made."""
+        return self._no_files
+
+    @npy_files.setter
+    def npy_files(self, beside: list[Path]) -> None:
+        self._no_files = [Path("/nonexistent/none.npy")] * len(beside)
 
     def cache_labels(self, path: Path = Path("labels.cache")) -> dict[str, Any]:
         """Scan images and labels, write the pickle cache to a throw-away folder, and remember what was said."""

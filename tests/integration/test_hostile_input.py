@@ -342,7 +342,6 @@ import ultralytics.utils.checks as checks  # before cache_kd, as in a user's not
 assert checks.AUTOINSTALL is True
 checks.ONLINE = True
 from cache_kd.cli import main
-from cache_kd.errors import CacheKDError
 done = CliRunner().invoke(main, sys.argv[1:])
 print(done.exit_code, done.stderr)
 """
