@@ -32,9 +32,11 @@ def terminated_as_interrupted() -> Iterator[None]:
     """Have SIGTERM end what runs inside as Ctrl-C does; processes forked inside inherit that."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # The signal may have reached loader workers too, at whose death torch would raise in the middle of the end.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -85,11 +86,15 @@ class CacheWriter:
             raise SettingError(f"a cache needs at least one image, got {num_images}")
         start = creation.Start(identity, data, tuple(columns), num_images, teacher_arrays)
         creation.check_folder(path)
+        fresh = not path.exists()
         make_folder(path)
         lock = lock_cache(path)
         try:
             start, arrays = creation.create_or_check(path, start)
         except BaseException:
+            if fresh and not (path / "units").exists():  # begun by this call: an interrupt leaves no folder behind
+                with contextlib.suppress(CacheKDError):
+                    creation.discard(path)
             lock.release()
             raise
         return cls(path, start, arrays, lock)

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,15 @@ def _nothing_left(job: Job) -> Iterator[None]:
     except (CacheKDError, KeyboardInterrupt):
         if job.path in job.made and not any(job.path.glob("units/**/*.json")):
             discard(job.path)
-            for folder in job.made[1:]:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
+            _remove_empty(job.made[1:])
         raise
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove these nested folders, the innermost first, up to one that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,10 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         )
     except OtherIdentityError as error:
         raise with_command(error, path, settings.teacher) from error
+    except (CacheKDError, KeyboardInterrupt):
+        if not path.exists():
+            _remove_empty(made[1:])
+        raise
     record = {
         "file": settings.teacher.name,
         "file_sha256": checkpoint.file_sha256,
