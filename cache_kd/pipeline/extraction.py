@@ -31,13 +31,22 @@ from cache_kd.ultralytics_bridge.data import find_data_file, load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.gate import import_user_modules
 from cache_kd.ultralytics_bridge.scan import CORRUPT
-from cache_kd.ultralytics_bridge.settings import check_settings, default_settings
+from cache_kd.ultralytics_bridge.settings import check_selection, check_settings, default_settings
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
 from cache_kd.views.recipe import RECIPE_KEYS, Recipe
 
 LOG = logging.getLogger(__name__)
 PROBE_BATCHES = 2
 DISK_MARGIN = 1.05
+RANGES = {
+    "views": (0, 9999),
+    "plain_views": (0, 9999),
+    "batch": (1, 4096),
+    "workers": (0, 256),
+    "seed": (-(2**63), 2**63 - 1),
+}
+"""What whole numbers may be; the upper ends keep a slip of the finger from filling the memory."""
+MAX_IMGSZ = 8192
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,14 @@ class ExtractSettings:
     augment: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("views", 0), ("plain_views", 0), ("batch", 1), ("workers", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                option = "--" + name.replace("_", "-")
-                raise SettingError(f"{option} {getattr(self, name)}; allowed: {low} or more")
-        if len({*self.taps}) != len(self.taps):
-            raise SettingError(f"--taps {','.join(self.taps)} names a layer twice; name each once")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option, allowed = "--" + name.replace("_", "-"), f"{low} or more" if value < low else f"{low} to {high}"
+                raise SettingError(f"{option} {value}; allowed: {allowed}")
+        for option, names, what in (("--taps", self.taps, "a layer"), ("--store", self.store, "a target")):
+            if len({*names}) != len(names):
+                raise SettingError(f"{option} {','.join(names)} names {what} twice; name each once")
         if self.views + self.plain_views == 0:
             raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
 
@@ -195,6 +206,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         store=settings.store,
         taps=settings.taps,
     )
+    check_selection(recipe.to_json(), int(data["nc"]))
     dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed)
     for fault in dataset.faults:
         say(f"skipped as Ultralytics would: {fault}")
@@ -340,8 +352,9 @@ def _recipe(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[Rec
     size = settings.imgsz if settings.imgsz is not None else recorded.get("imgsz") or stock["imgsz"]
     if isinstance(size, list | tuple):
         size = max(size)
-    if size % 32 or size < 32:
-        raise SettingError(f"--imgsz {size}; allowed: multiples of 32, for example {max(32, round(size / 32) * 32)}")
+    if size % 32 or not 32 <= size <= MAX_IMGSZ:
+        near = min(max(32, round(size / 32) * 32), MAX_IMGSZ)
+        raise SettingError(f"--imgsz {size}; allowed: multiples of 32 up to {MAX_IMGSZ}, for example {near}")
     return Recipe.from_settings(merged), int(size)
 
 

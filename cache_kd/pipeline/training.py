@@ -22,7 +22,7 @@ from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
 from cache_kd.ultralytics_bridge.models import check_pretrained, check_resumed, check_student
-from cache_kd.ultralytics_bridge.settings import check_settings
+from cache_kd.ultralytics_bridge.settings import check_settings, check_training_settings
 from cache_kd.ultralytics_bridge.trainer import DistillPlan, DistillTrainer, check_pixel_settings, fixed_overrides
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
 from cache_kd.views.recipe import Recipe
@@ -101,6 +101,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         )
     recipe = Recipe.from_settings(cache.manifest.recipe)
     check_settings(extra)
+    check_training_settings(extra)
     check_pixel_settings(extra, recipe, cache.manifest.imgsz)
     losses = _losses(settings, cache.manifest)
     say(f"losses: {', '.join(map(str, losses)) or 'none, a plain run on the same views'}")

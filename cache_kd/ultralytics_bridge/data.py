@@ -45,6 +45,7 @@ def load_data(path: Path, *, allow_download: bool = False) -> dict[str, Any]:
         raise InputDataError(f"{path} has neither `names:` nor `nc:`; add names: [class, …]")
     if not (content.get("val") or content.get("validation")):
         raise InputDataError(f"{path} has no `val:` entry; add the folder of validation images, e.g. val: images/val")
+    _check_entries(path, content)
     try:
         data: dict[str, Any] = check_det_dataset(str(path), autodownload=allow_download)
     except FileNotFoundError as error:
@@ -52,10 +53,24 @@ def load_data(path: Path, *, allow_download: bool = False) -> dict[str, Any]:
         raise MissingFileError(f"{path}: {_first_line(error)}{hint}") from None
     except (SyntaxError, TypeError, ValueError) as error:
         raise InputDataError(f"{path}: {_first_line(error)}") from None
+    except KeyError as error:  # of class names
+        raise InputDataError(f"{path}: `names:`: {error.args[0]}") from None
     if data["channels"] != 3:
         raise InputDataError(f"{path}: channels: {data['channels']} is not supported; allowed: 3")
     _check_folders(path, data)
     return data
+
+
+def _check_entries(path: Path, content: dict[str, Any]) -> None:
+    """Raise `InputDataError` for values that Ultralytics would take for others, or stumble over."""
+    for split in ("train", "val"):
+        value = content.get(split)
+        if not all(isinstance(entry, str) for entry in (value if isinstance(value, list) else [value or ""])):
+            raise InputDataError(f"{path}: `{split}: {value}`; allowed: a folder, a text file, or a list of them")
+    names = content.get("names")
+    listed = names.values() if isinstance(names, dict) else names if isinstance(names, list) else []
+    if wrong := [name for name in listed if not isinstance(name, str | int | float)]:
+        raise InputDataError(f"{path}: `names:` holds {wrong[0]!r}; allowed: words")
 
 
 def _check_folders(path: Path, data: dict[str, Any]) -> None:
