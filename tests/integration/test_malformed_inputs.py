@@ -366,6 +366,7 @@ def test_there_are_more_than_sixty() -> None:
     assert sum(map(len, tables)) >= PROMISED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
