@@ -136,6 +136,7 @@ def test_a_read_only_cache_is_read_and_its_top_up_refused_in_one_line(
     assert len(run(teacher, data_file, path).manifest.views) == 2
 
 
+@pytest.mark.slow
 def test_a_training_on_a_full_disk_ends_with_one_line_and_is_resumed(few_cache: Path, disk: Disk) -> None:
     def fill(trainer: DistillTrainer, _: dict[str, Any]) -> None:
         if trainer.epoch == 1:

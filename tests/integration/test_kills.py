@@ -199,10 +199,6 @@ def kill_trainings(cache: Path, folder: Path, count: int, seed: int) -> None:
     assert resumed >= count // 3, seen
 
 
-def test_a_training_killed_at_random_moments_is_resumed(few_cache: Path, tmp_path: Path) -> None:
-    kill_trainings(few_cache, tmp_path, 1, seed=3)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_20_trainings_killed_at_random_moments_are_resumed(few_cache: Path, tmp_path: Path) -> None:
@@ -226,8 +222,8 @@ def stop_when(condition: Any, process: subprocess.Popen[bytes], number: int, *, 
 
 
 CASES = [
-    (signal.SIGINT, True, 0, 130, "interrupted"),
     (signal.SIGTERM, False, 2, 143, "terminated"),
+    pytest.param(signal.SIGINT, True, 0, 130, "interrupted", marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, True, 2, 130, "interrupted", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, False, 0, 143, "terminated", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, True, 2, 143, "terminated", marks=pytest.mark.slow),
@@ -260,7 +256,10 @@ def test_a_stopped_extraction_says_one_line_and_is_gone_on_with(
     assert json.loads(done.stdout)["items_extracted"] == IMAGES, "only the view after the last committed one"
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 def test_an_extraction_stopped_in_its_forecast_leaves_no_folder(
     teacher: Path, data_file: Path, tmp_path: Path, number: int, code: int, word: str
 ) -> None:
