@@ -183,6 +183,20 @@ def test_a_dead_writer_of_this_machine_is_succeeded_at_once(tmp_path: Path) -> N
         assert not file.exists()
 
 
+def test_the_record_of_a_dead_writer_is_noted_and_replaced(
+    teacher: Path, data_file: Path, tmp_path: Path, small_shards: None
+) -> None:
+    path = run(teacher, data_file, tmp_path / "cache", 1).path
+    assert verify_cache(path).notes == ()
+    machine = lock._machine()
+    claim(path, machine=machine)
+    report = verify_cache(path)
+    assert report.ok
+    assert report.notes == (".writer.json: a writer is at work, or one died; the next extraction replaces it",)
+    run(teacher, data_file, path, 1)
+    assert verify_cache(path).notes == ()
+
+
 def test_a_writer_at_work_gives_signs_of_life_and_removes_only_its_own_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
