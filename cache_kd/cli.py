@@ -128,8 +128,9 @@ def extract(augmentation: tuple[str, ...], store: str, taps: str, as_json: bool,
     """
     with _quiet(as_json):
         from cache_kd.config import parse_pairs
-        from cache_kd.pipeline.extraction import ExtractSettings, megabytes
+        from cache_kd.pipeline.extract_settings import ExtractSettings
         from cache_kd.pipeline.extraction import extract as run
+        from cache_kd.pipeline.sizes import megabytes
 
         stores, layers = (tuple(part for part in text.split(",") if part) for text in (store, taps))
         done = run(

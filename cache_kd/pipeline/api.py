@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache_kd.pipeline.extraction import ExtractSettings
+from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import extract as run_extraction
 from cache_kd.pipeline.opened import Cache, open_cache
 from cache_kd.pipeline.training import Trained, TrainSettings

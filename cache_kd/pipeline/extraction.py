@@ -6,7 +6,7 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,80 +20,31 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import ViewCodec
-from cache_kd.errors import CacheKDError, DiskSpaceError, InputDataError, MismatchError, SettingError, choices
+from cache_kd.errors import CacheKDError, DiskSpaceError, MismatchError
 from cache_kd.fingerprint import OtherIdentityError
+from cache_kd.pipeline.extract_settings import (
+    ExtractSettings,
+    data_file_of,
+    device_of,
+    loader_workers,
+    recipe_of,
+)
 from cache_kd.pipeline.identity import cache_identity, teacher_identity, with_command
 from cache_kd.pipeline.locations import default_cache_path
+from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.versions import cpu_threads, environment
-from cache_kd.structures import View
 from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, places, view_batches
-from cache_kd.ultralytics_bridge.data import find_data_file, load_data
+from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.gate import import_user_modules
 from cache_kd.ultralytics_bridge.scan import CORRUPT
-from cache_kd.ultralytics_bridge.settings import check_selection, check_settings, default_settings
+from cache_kd.ultralytics_bridge.settings import check_selection
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
-from cache_kd.views.recipe import RECIPE_KEYS, Recipe
+from cache_kd.views.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
 PROBE_BATCHES = 2
 DISK_MARGIN = 1.05
-RANGES = {
-    "views": (0, 9999),
-    "plain_views": (0, 9999),
-    "batch": (1, 4096),
-    "workers": (0, 256),
-    "seed": (-(2**63), 2**63 - 1),
-}
-"""What whole numbers may be; the upper ends keep a slip of the finger from filling the memory."""
-MAX_IMGSZ = 8192
-
-
-@dataclass(frozen=True)
-class ExtractSettings:
-    """Everything that `cache-kd extract` can be told; None takes what the teacher's checkpoint recorded.
-
-    Attributes:
-        views, plain_views: K mixed and P plain views. batch: views a forward pass. workers: loader processes.
-        device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
-        taps: layers whose maps are kept beside those that the head sees.
-    """
-
-    teacher: Path
-    data: Path | None = None
-    cache: Path | None = None
-    views: int = 8
-    plain_views: int = 1
-    imgsz: int | None = None
-    batch: int = 16
-    device: str | None = None
-    workers: int | None = None
-    seed: int = 0
-    store: tuple[str, ...] = ("features", "logits")
-    taps: tuple[str, ...] = ()
-    fidelity: str = "default"
-    precision: str = "fp32"
-    trust_teacher: bool = False
-    imports: tuple[Path, ...] = ()
-    allow_download: bool = False
-    augment: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                option, allowed = "--" + name.replace("_", "-"), f"{low} or more" if value < low else f"{low} to {high}"
-                raise SettingError(f"{option} {value}; allowed: {allowed}")
-        for option, names, what in (("--taps", self.taps, "a layer"), ("--store", self.store, "a target")):
-            if len({*names}) != len(names):
-                raise SettingError(f"{option} {','.join(names)} names {what} twice; name each once")
-        if self.views + self.plain_views == 0:
-            raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
-
-    @property
-    def view_list(self) -> list[View]:
-        """The views in the order of their extraction: mixed ones first."""
-        return [View("mixed", n) for n in range(self.views)] + [View("plain", n) for n in range(self.plain_views)]
 
 
 @dataclass(frozen=True)
@@ -193,15 +144,15 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
     import_user_modules(settings.imports)
     checkpoint = load_teacher(settings.teacher, trusted=settings.trust_teacher)
     recorded = checkpoint.train_args
-    data_file = _data_file(settings, recorded)
+    data_file = data_file_of(settings, recorded)
     data = load_data(data_file, allow_download=settings.allow_download)
-    recipe, imgsz = _recipe(settings, recorded)
+    recipe, imgsz = recipe_of(settings, recorded)
     device = settings.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     teacher_parts = teacher_identity(checkpoint)  # before it is turned to another precision or device
     teacher = Teacher(
         checkpoint,
         imgsz=imgsz,
-        device=_device(device),
+        device=device_of(device),
         precision=settings.precision,
         store=settings.store,
         taps=settings.taps,
@@ -327,47 +278,6 @@ def _manifest_fields(job: Job) -> dict[str, Any]:
     }
 
 
-def _data_file(settings: ExtractSettings, recorded: Mapping[str, Any]) -> Path:
-    if settings.data is not None:
-        return settings.data
-    if not recorded.get("data"):
-        raise InputDataError(f"teacher {settings.teacher} recorded no data file; name it: --data my.yaml")
-    return find_data_file(
-        str(recorded["data"]), beside=(settings.teacher.parent,), purpose=f"teacher {settings.teacher}"
-    )
-
-
-def _recipe(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[Recipe, int]:
-    """Return recipe and image size: what the user says, else what the checkpoint recorded, else the stock values."""
-    overrides = dict(settings.augment or {})
-    if unknown := sorted(set(overrides) - set(RECIPE_KEYS)):
-        name = unknown[0]
-        raise SettingError(f"{name}={overrides[name]!r} is not an augmentation key; {choices(name, RECIPE_KEYS)}")
-    for key in ("multi_scale", "rect"):
-        if recorded.get(key):
-            LOG.warning("the teacher was trained with %s=%s; views have one square size", key, recorded[key])
-    stock = default_settings()
-    merged = {key: overrides.get(key, recorded.get(key, stock.get(key))) for key in RECIPE_KEYS}
-    check_settings({key: value for key, value in merged.items() if value is not None})
-    size = settings.imgsz if settings.imgsz is not None else recorded.get("imgsz") or stock["imgsz"]
-    if isinstance(size, list | tuple):
-        size = max(size)
-    if size % 32 or not 32 <= size <= MAX_IMGSZ:
-        near = min(max(32, round(size / 32) * 32), MAX_IMGSZ)
-        raise SettingError(f"--imgsz {size}; allowed: multiples of 32 up to {MAX_IMGSZ}, for example {near}")
-    return Recipe.from_settings(merged), int(size)
-
-
-def _device(name: str) -> str:
-    try:
-        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise SettingError(f"--device {name}: {first}; allowed: cpu, or a device that torch sees, as cuda:0") from None
-    return str(device)
-
-
 def _skipped(dataset: ViewDataset) -> list[str]:
     """Return what was skipped, without the folders of this machine."""
     prefixes = {str(Path(file).parent) + "/" for file in dataset.im_files}
@@ -383,14 +293,6 @@ def _check_place(path: Path, dataset: ViewDataset) -> None:
     for inside in dict.fromkeys(Path(file).parent for file in (*dataset.im_files, *dataset.label_files)):
         if path.resolve().is_relative_to(inside.resolve()):
             raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
-
-
-def loader_workers(settings: ExtractSettings) -> int:
-    """Return how many processes make views."""
-    if settings.workers is not None:
-        return settings.workers
-    # On the CPU the forward pass takes every core, and a worker would only contend for them.
-    return min(8, cpu_threads()) if torch.cuda.is_available() else 0
 
 
 def _existing_parent(path: Path) -> Path:
@@ -409,11 +311,3 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def megabytes(count: float) -> str:
-    """Return bytes as text with a fitting decimal unit."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"

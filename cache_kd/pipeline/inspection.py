@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cache_kd.pipeline.extraction import megabytes
 from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.sizes import megabytes
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 
 from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import MismatchError, SettingError
-from cache_kd.pipeline.extraction import megabytes
 from cache_kd.pipeline.identity import teacher_differences
 from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.versions import cpu_threads, other_versions, version_differences
 from cache_kd.structures import SampleTargets, TargetBatch, View
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher

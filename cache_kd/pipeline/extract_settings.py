@@ -1,0 +1,125 @@
+"""In: what the user asked of an extraction, and what the teacher recorded. Out: the settings that it runs with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_kd.errors import InputDataError, SettingError, choices
+from cache_kd.pipeline.versions import cpu_threads
+from cache_kd.structures import View
+from cache_kd.ultralytics_bridge.data import find_data_file
+from cache_kd.ultralytics_bridge.settings import check_settings, default_settings
+from cache_kd.views.recipe import RECIPE_KEYS, Recipe
+
+LOG = logging.getLogger(__name__)
+RANGES = {
+    "views": (0, 9999),
+    "plain_views": (0, 9999),
+    "batch": (1, 4096),
+    "workers": (0, 256),
+    "seed": (-(2**63), 2**63 - 1),
+}
+"""What whole numbers may be; the upper ends keep a slip of the finger from filling the memory."""
+MAX_IMGSZ = 8192
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Everything that `cache-kd extract` can be told; None takes what the teacher's checkpoint recorded.
+
+    Attributes:
+        views, plain_views: K mixed and P plain views. batch: views a forward pass. workers: loader processes.
+        device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
+        taps: layers whose maps are kept beside those that the head sees.
+    """
+
+    teacher: Path
+    data: Path | None = None
+    cache: Path | None = None
+    views: int = 8
+    plain_views: int = 1
+    imgsz: int | None = None
+    batch: int = 16
+    device: str | None = None
+    workers: int | None = None
+    seed: int = 0
+    store: tuple[str, ...] = ("features", "logits")
+    taps: tuple[str, ...] = ()
+    fidelity: str = "default"
+    precision: str = "fp32"
+    trust_teacher: bool = False
+    imports: tuple[Path, ...] = ()
+    allow_download: bool = False
+    augment: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option, allowed = "--" + name.replace("_", "-"), f"{low} or more" if value < low else f"{low} to {high}"
+                raise SettingError(f"{option} {value}; allowed: {allowed}")
+        for option, names, what in (("--taps", self.taps, "a layer"), ("--store", self.store, "a target")):
+            if len({*names}) != len(names):
+                raise SettingError(f"{option} {','.join(names)} names {what} twice; name each once")
+        if self.views + self.plain_views == 0:
+            raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
+
+    @property
+    def view_list(self) -> list[View]:
+        """The views in the order of their extraction: mixed ones first."""
+        return [View("mixed", n) for n in range(self.views)] + [View("plain", n) for n in range(self.plain_views)]
+
+
+def data_file_of(settings: ExtractSettings, recorded: Mapping[str, Any]) -> Path:
+    if settings.data is not None:
+        return settings.data
+    if not recorded.get("data"):
+        raise InputDataError(f"teacher {settings.teacher} recorded no data file; name it: --data my.yaml")
+    return find_data_file(
+        str(recorded["data"]), beside=(settings.teacher.parent,), purpose=f"teacher {settings.teacher}"
+    )
+
+
+def recipe_of(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[Recipe, int]:
+    """Return recipe and image size: what the user says, else what the checkpoint recorded, else the stock values."""
+    overrides = dict(settings.augment or {})
+    if unknown := sorted(set(overrides) - set(RECIPE_KEYS)):
+        name = unknown[0]
+        raise SettingError(f"{name}={overrides[name]!r} is not an augmentation key; {choices(name, RECIPE_KEYS)}")
+    for key in ("multi_scale", "rect"):
+        if recorded.get(key):
+            LOG.warning("the teacher was trained with %s=%s; views have one square size", key, recorded[key])
+    stock = default_settings()
+    merged = {key: overrides.get(key, recorded.get(key, stock.get(key))) for key in RECIPE_KEYS}
+    check_settings({key: value for key, value in merged.items() if value is not None})
+    size = settings.imgsz if settings.imgsz is not None else recorded.get("imgsz") or stock["imgsz"]
+    if isinstance(size, list | tuple):
+        size = max(size)
+    if size % 32 or not 32 <= size <= MAX_IMGSZ:
+        near = min(max(32, round(size / 32) * 32), MAX_IMGSZ)
+        raise SettingError(f"--imgsz {size}; allowed: multiples of 32 up to {MAX_IMGSZ}, for example {near}")
+    return Recipe.from_settings(merged), int(size)
+
+
+def device_of(name: str) -> str:
+    try:
+        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise SettingError(f"--device {name}: {first}; allowed: cpu, or a device that torch sees, as cuda:0") from None
+    return str(device)
+
+
+def loader_workers(settings: ExtractSettings) -> int:
+    """Return how many processes make views."""
+    if settings.workers is not None:
+        return settings.workers
+    # On the CPU the forward pass takes every core, and a worker would only contend for them.
+    return min(8, cpu_threads()) if torch.cuda.is_available() else 0
