@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hostile_files
 import pytest
@@ -272,6 +275,61 @@ def test_label_caches_are_neither_unpickled_nor_replaced(
     assert mark.exists(), "the canary is no canary"
 
 
+# -- foreign cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"codecs": [{"name": "numcodecs.pickle", "configuration": {}}]},
+        {"zarr_format": 2, "dtype": "|O", "filters": [{"id": "pickle", "protocol": 5}]},
+        {"data_type": "object"},
+    ],
+    ids=["codec", "zarr 2", "objects"],
+)
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_a_foreign_caches_pickles_are_not_run(
+    few_cache: Path, tmp_path: Path, mark: Path, metadata: dict[str, Any], command: str
+) -> None:
+    cache = Path(shutil.copytree(few_cache, tmp_path / "cache"))
+    array = cache / "views" / "plain-0000" / "pixel_hash"  # the view of the only epoch
+    shard = next(path for path in array.rglob("0") if path.is_file())
+    shard.write_bytes(pickle.dumps(Canary(mark)).ljust(shard.stat().st_size, b"\0"))
+    described = json.loads((array / "zarr.json").read_bytes())
+    (array / "zarr.json").write_text(json.dumps({**described, **metadata}))
+    words = ["--student", "yolov8n.yaml", "--cache", cache, *QUICK] if command == "train" else [cache]
+    done = run(command, *words)
+    assert not mark.exists(), "the cache ran code"
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), (done.output, done.exception)
+    assert "Traceback" not in done.output
+    if command == "train":
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("cache-kd: ") and str(array) in line
+    else:
+        assert "views/plain-0000/pixel_hash/zarr.json: " in done.stdout
+    pickle.loads(shard.read_bytes())
+    assert mark.exists(), "the canary is no canary"
+
+
+# -- in a process of its own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["teacher", "student.pt", "student.yaml"])
+def test_a_real_process_says_one_line(few_images: Path, few_cache: Path, tmp_path: Path, mark: Path, kind: str) -> None:
+    if kind == "student.yaml":
+        file = model_yaml(tmp_path / "student.yaml", mark)
+    else:
+        file = hostile_files.checkpoint_of_old_kind(tmp_path / f"{kind[:7]}.pt", mark)
+    extract = ["extract", "--teacher", file, "--data", few_images, *SMALL]
+    train = ["train", "--student", file, "--cache", few_cache, *QUICK]
+    words = [sys.executable, "-m", "cache_kd", *map(str, extract if kind == "teacher" else train)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert not mark.exists(), "the file ran code"
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("cache-kd: ") and str(file) in line
+
+
 # -- what a resumed run reads -----------------------------------------------------------------------------------------
 
 
@@ -349,13 +407,11 @@ print(done.exit_code, done.stderr)
 
 def test_nothing_is_installed_whatever_the_environment_says(few_images: Path, tmp_path: Path, mark: Path) -> None:
     """Loading as code, Ultralytics installs what a checkpoint names; pip and uv are canaries here."""
-    (tmp_path / "path" / "pip").mkdir(parents=True)
+    (tmp_path / "path" / "pip").mkdir(parents=True)  # found by python -m pip
     (tmp_path / "path" / "pip" / "__main__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
-    for name in ("pip", "uv"):
-        file = tmp_path / "path" / name / "run" if name == "pip" else tmp_path / "path" / name
-        if name == "uv":
-            file.write_text(f"#!/bin/sh\ntouch {mark}\n")
-            file.chmod(0o755)
+    uv = tmp_path / "path" / "uv"
+    uv.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    uv.chmod(0o755)
     module = tmp_path / "nowhere_to_be_found.py"
     module.write_text("class Thing:\n    pass\n")
     code = f"import sys, torch; sys.path.insert(0, {str(tmp_path)!r}); import nowhere_to_be_found as m; "
