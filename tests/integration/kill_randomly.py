@@ -85,21 +85,34 @@ def commands(teacher: str, data: str, path: Path) -> list[list[str]]:
     return [[*fixed, f"--views={mixed}", f"--plain-views={plain}"] for mixed, plain in STAGES]
 
 
-def run_through(arguments: list[str]) -> float:
-    """Run a command to its end and return the seconds that took."""
-    begun = time.monotonic()
-    status = os.waitstatus_to_exitcode(os.waitpid(start(arguments), 0)[1])
+def run_through(arguments: list[str], now: mmap.mmap) -> tuple[float, float]:
+    """Run a command to its end; return the seconds that took, and those after its preparations."""
+    begun, now[0] = time.monotonic(), 0
+    child = start(arguments)
+    wait_for_work(child, now)
+    working = time.monotonic()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status:
         raise SystemExit(f"exit code {status}: {' '.join(arguments)}")
-    return time.monotonic() - begun
+    return time.monotonic() - begun, time.monotonic() - working
 
 
-def trial(stages: list[list[str]], path: Path, stage: int, delay: float, now: mmap.mmap) -> dict[str, Any]:
-    """Kill the command number `stage` after `delay` seconds, repeat it, and run what follows."""
+def wait_for_work(child: int, now: mmap.mmap) -> None:
+    """Wait until a command has begun to touch the cache, or ended."""
+    while not now[0] and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.0005)
+
+
+def trial(
+    stages: list[list[str]], path: Path, stage: int, delay: float, now: mmap.mmap, *, prepared: bool
+) -> dict[str, Any]:
+    """Kill the command number `stage` after `delay` seconds (after its preparations), repeat it, do what follows."""
     for arguments in stages[:stage]:
-        run_through(arguments)
+        run_through(arguments, now)
     now[0] = 0
     child = start(stages[stage])
+    if prepared:
+        wait_for_work(child, now)
     time.sleep(delay)
     os.kill(child, signal.SIGSTOP)  # else the phase would be that of a moment before
     phase = PHASES[now[0]]
@@ -114,7 +127,7 @@ def trial(stages: list[list[str]], path: Path, stage: int, delay: float, now: mm
         "manifest": (path / "manifest.json").exists(),
     }
     for arguments in stages[stage:]:
-        run_through(arguments)
+        run_through(arguments, now)
     return report
 
 
@@ -129,16 +142,19 @@ def run(teacher: str, data: str, folder: Path, count: int, seed: int) -> None:
     now = mmap.mmap(-1, 1)
     watch(now)
     reference = folder / "whole"
-    seconds = [run_through(arguments) for arguments in commands(teacher, data, reference)]
+    seconds = [run_through(arguments, now) for arguments in commands(teacher, data, reference)]
     whole = content(reference)
     digest = json.loads(whole["manifest.json"])["digest"]
     generator = random.Random(seed)
-    reports = []
-    for number in range(count):
-        path = folder / f"trial-{number}"
-        moment = generator.uniform(0, sum(seconds))
-        stage = int(moment > seconds[0])
-        report = trial(commands(teacher, data, path), path, stage, moment - stage * seconds[0], now)
+    reports: list[dict[str, Any]] = []
+    while sum(report["phase"] != "ended" for report in reports) < count:
+        path = folder / f"trial-{len(reports)}"
+        # Every second moment is of the whole run, the others are of the part that touches the cache.
+        kind = len(reports) % 2
+        moment = generator.uniform(0, sum(times[kind] for times in seconds))
+        stage = int(moment > seconds[0][kind])
+        delay = moment - stage * seconds[0][kind]
+        report = trial(commands(teacher, data, path), path, stage, delay, now, prepared=bool(kind))
         report["equal digest"] = json.loads((path / "manifest.json").read_bytes())["digest"] == digest
         report["different"] = different(path, whole)
         shutil.rmtree(path)

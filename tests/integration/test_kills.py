@@ -66,12 +66,11 @@ def check_forked(teacher: Path, data: Path, folder: Path, count: int, seed: int)
     )
     assert done.returncode == 0, done.stderr
     trials = json.loads(done.stdout.splitlines()[-1])["trials"]
+    assert [trial for trial in trials if not trial["equal digest"] or trial["different"]] == []
+    trials = [trial for trial in trials if trial["phase"] != "ended"]
     tell("forked extractions killed", (trial["phase"] for trial in trials))
     tell("of these", ("topping up" if trial["stage"] else "extracting" for trial in trials))
     assert len(trials) == count
-    assert [trial for trial in trials if not trial["equal digest"] or trial["different"]] == []
-    ended = sum(trial["phase"] == "ended" for trial in trials)
-    assert ended <= count // 5, "the moments are to be within the run"
 
 
 def test_extractions_killed_at_random_moments_end_as_one_undisturbed(
