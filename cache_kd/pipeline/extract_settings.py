@@ -103,7 +103,8 @@ def recipe_of(settings: ExtractSettings, recorded: Mapping[str, Any]) -> tuple[R
         size = max(size)
     if size % 32 or not 32 <= size <= MAX_IMGSZ:
         near = min(max(32, round(size / 32) * 32), MAX_IMGSZ)
-        raise SettingError(f"--imgsz {size}; allowed: multiples of 32 up to {MAX_IMGSZ}, for example {near}")
+        most = f" up to {MAX_IMGSZ}" if size > MAX_IMGSZ else ""
+        raise SettingError(f"--imgsz {size}; allowed: multiples of 32{most}, for example {near}")
     return Recipe.from_settings(merged), int(size)
 
 
