@@ -91,6 +91,7 @@ def main(
         seconds = in_turn(trainers, warmup=warmup, rounds=rounds)
         kept = {arm: kept_bytes(trainer) for arm, trainer in trainers.items()}
         needs = bytes_of_needs(cache)
+        channels = [str(tap.channels) for tap in cache.manifest.head.taps]
     ratios = {
         arm: record.spread([a / b for a, b in zip(taken, seconds["plain"], strict=True)])
         for arm, taken in seconds.items()
@@ -103,10 +104,11 @@ def main(
         },
         "bytes_a_view": needs,
     }
-    setting = {"teacher": teacher.name, "data": data.name, "student": student, "imgsz": size, "batch": batch}
+    setting: dict[str, Any] = {"teacher": teacher.name, "data": data.name, "student": student, "imgsz": size, "batch": batch}
     file = record.write("loss-cost", {**setting, "rounds": rounds, "workers": 0, "cache": "ram"}, figures)
     if publish:
         device = "one GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+        setting["teacher"] = f"{teacher.name} (P3 to P5 of {', '.join(channels)} channels)"
         shown = {"date": date.today().isoformat(), "machine": device, **setting, **figures}
         MEASURED.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
     for name, found in figures["losses"].items():  # type: ignore[attr-defined]  # built above
