@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cache_kd.losses.maps import MapLoss
-from cache_kd.losses.options import Allowed, at_least
+from cache_kd.losses.options import Allowed, whole
 
 
 def toy_loss(student: Tensor, teacher: Tensor, *, power: int) -> Tensor:
@@ -35,7 +35,7 @@ class Toy(MapLoss):
     paper = "Toys, TOYCONF 2026"
     default_weight = 3.0
     cost = "nothing to speak of"
-    allowed: ClassVar[dict[str, Allowed]] = {**MapLoss.allowed, "power": at_least(1)}
+    allowed: ClassVar[dict[str, Allowed]] = {**MapLoss.allowed, "power": whole(1)}
 
     def __init__(
         self, teacher, student, *, layers: tuple[str, ...] = (), power: int = 2, exact: bool = False, share: float = 1.0
