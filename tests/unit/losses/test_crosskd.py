@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.losses.bckd import bckd_box_loss, bckd_cls_loss
 from cache_kd.losses.crosskd import CrossKD, align_scale, batch_statistics, crosskd_box_loss, crosskd_cls_loss
+from cache_kd.losses.options import written
 
 Cases = Callable[..., Any]
 
@@ -340,7 +341,7 @@ def test_heads_without_the_position_are_refused(whose: str, make_case: Cases) ->
 )
 def test_options_out_of_range_are_refused(option: str, value: Any, rule: str, make_case: Cases) -> None:
     case = make_case()
-    with pytest.raises(SettingError, match=rf"loss crosskd: {option}={value} is not allowed; allowed: {rule}$"):
+    with pytest.raises(SettingError, match=rf"loss crosskd: {option}={written(value)} is not allowed; allowed: {rule}$"):
         CrossKD(case.teacher, case.student, **{option: value})
 
 
