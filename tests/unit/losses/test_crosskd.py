@@ -341,7 +341,8 @@ def test_heads_without_the_position_are_refused(whose: str, make_case: Cases) ->
 )
 def test_options_out_of_range_are_refused(option: str, value: Any, rule: str, make_case: Cases) -> None:
     case = make_case()
-    with pytest.raises(SettingError, match=rf"loss crosskd: {option}={written(value)} is not allowed; allowed: {rule}$"):
+    message = rf"loss crosskd: {option}={written(value)} is not allowed; allowed: {rule}$"
+    with pytest.raises(SettingError, match=message):
         CrossKD(case.teacher, case.student, **{option: value})
 
 
