@@ -109,6 +109,7 @@ def main(debug: bool) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the views.")
 @click.option("--store", default="features,logits", show_default=True, help="Targets to keep; also vlr, for ld:vlr=….")
 @click.option("--taps", default="", metavar="NAMES", help="More layers to keep: C3,C4,C5 of the backbone, or numbers.")
+@click.option("--pack", default="none", show_default=True, help="Keep the views too: none, jpeg[:quality] or png.")
 @click.option("--fidelity", default="default", show_default=True, help="exact, safe, default, small or tiny.")
 @click.option("--precision", default="fp32", show_default=True, help="Of the teacher: fp32 or fp16.")
 @click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads.")

@@ -276,11 +276,15 @@ class Targets:
 
 @dataclass(frozen=True)
 class ViewSample:
-    """One view of one image: pixels (3, H, W) uint8 RGB; cls (n,) int; boxes (n, 4) xyxy in pixels of the view."""
+    """One view of one image: pixels (3, H, W) uint8 RGB; cls (n,) int; boxes (n, 4) xyxy in pixels of the view.
+
+    `packed` holds the rows of the columns that keep the view itself; none unless views are packed.
+    """
 
     pixels: np.ndarray
     cls: np.ndarray
     boxes: np.ndarray
+    packed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class ViewDataset(Protocol):

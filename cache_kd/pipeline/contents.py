@@ -11,8 +11,9 @@ from cache_kd.cache.manifest import NAME, Manifest
 from cache_kd.codecs import ViewCodec
 from cache_kd.errors import CacheKDError, DamagedCacheError
 from cache_kd.fingerprint import SourceImage
-from cache_kd.structures import STORES
+from cache_kd.structures import STORES, Column
 from cache_kd.teacher.extract import PIXEL_HASH
+from cache_kd.views.packing import PixelCodec, packing_from_description
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -36,6 +37,7 @@ RULES: dict[str, Rule] = {
     "teacher.head.norm_eps": (_kind(float, int, type(None)), "a number"),
     "teacher.head.activation": (_kind(str, type(None)), "a text"),
     "codec.store": STORE,
+    "codec.pack.spec": TEXT,
 }
 
 
@@ -56,16 +58,26 @@ def check_contents(manifest: Manifest, path: Path) -> None:
         raise DamagedCacheError(f"{path / NAME}: {'; '.join(faults)}; this is no cache of `cache-kd extract`")
 
 
-def checked_codec(manifest: Manifest, path: Path) -> ViewCodec:
-    """Return the codec of a cache; raises `DamagedCacheError` if its columns are not those that the cache holds."""
+def stored_columns(codec: ViewCodec, packing: PixelCodec | None) -> tuple[Column, ...]:
+    """Return the columns of every view of a cache: its targets, where it is packed the view itself, the proof."""
+    return (*codec.columns, *(packing.columns(codec.imgsz) if packing else ()), PIXEL_HASH)
+
+
+def checked_codecs(manifest: Manifest, path: Path) -> tuple[ViewCodec, PixelCodec | None]:
+    """Return the codecs of a cache's targets and views, None where it keeps no views.
+
+    Raises:
+        DamagedCacheError: their columns are not those that the cache holds.
+    """
     try:
         codec = ViewCodec.from_description(manifest.codec, manifest.head, manifest.imgsz)
-        fits = (*codec.columns, PIXEL_HASH) == manifest.columns
+        packing = packing_from_description(manifest.codec["pack"])
+        fits = stored_columns(codec, packing) == manifest.columns
     except (CacheKDError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedCacheError(f"{path / NAME}: codec cannot be read: {brief(error)}") from error
     if not fits:
         raise DamagedCacheError(f"{path / NAME}: columns are not those of its codec, head and imgsz")
-    return codec
+    return codec, packing
 
 
 def checked_images(data: Mapping[str, Any], count: int, path: Path) -> tuple[SourceImage, ...]:

@@ -15,6 +15,7 @@ from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import find_data_file
 from cache_kd.ultralytics_bridge.settings import check_settings, default_settings
+from cache_kd.views.packing import parse_packing
 from cache_kd.views.recipe import RECIPE_KEYS, Recipe
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class ExtractSettings:
     Attributes:
         views, plain_views: K mixed and P plain views. batch: views a forward pass. workers: loader processes.
         device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
-        taps: layers whose maps are kept beside those that the head sees.
+        taps: layers whose maps are kept beside those that the head sees. pack: none, jpeg[:quality] or png: whether
+            the views themselves are kept, and how.
     """
 
     teacher: Path
@@ -52,6 +54,7 @@ class ExtractSettings:
     store: tuple[str, ...] = ("features", "logits")
     taps: tuple[str, ...] = ()
     fidelity: str = "default"
+    pack: str = "none"
     precision: str = "fp32"
     trust_teacher: bool = False
     imports: tuple[Path, ...] = ()
@@ -67,6 +70,7 @@ class ExtractSettings:
         for option, names, what in (("--taps", self.taps, "a layer"), ("--store", self.store, "a target")):
             if len({*names}) != len(names):
                 raise SettingError(f"{option} {','.join(names)} names {what} twice; name each once")
+        parse_packing(self.pack)
         if self.views + self.plain_views == 0:
             raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
 

@@ -22,6 +22,7 @@ from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import ViewCodec
 from cache_kd.errors import CacheKDError, DiskSpaceError, MismatchError
 from cache_kd.fingerprint import OtherIdentityError
+from cache_kd.pipeline.contents import stored_columns
 from cache_kd.pipeline.extract_settings import (
     ExtractSettings,
     data_file_of,
@@ -29,8 +30,9 @@ from cache_kd.pipeline.extract_settings import (
     loader_workers,
     recipe_of,
 )
-from cache_kd.pipeline.identity import cache_identity, teacher_identity, with_command
+from cache_kd.pipeline.identity import cache_identity, codec_record, teacher_identity, with_command
 from cache_kd.pipeline.locations import default_cache_path
+from cache_kd.pipeline.packed import packed_arrays
 from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.versions import cpu_threads, environment
 from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, places, view_batches
@@ -40,6 +42,7 @@ from cache_kd.ultralytics_bridge.gate import import_user_modules
 from cache_kd.ultralytics_bridge.scan import CORRUPT
 from cache_kd.ultralytics_bridge.settings import check_selection
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
+from cache_kd.views.packing import parse_packing
 from cache_kd.views.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
@@ -158,7 +161,8 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         taps=settings.taps,
     )
     check_selection(recipe.to_json(), int(data["nc"]))
-    dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed)
+    packing = parse_packing(settings.pack)
+    dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed, packing=packing)
     for fault in dataset.faults:
         say(f"skipped as Ultralytics would: {fault}")
     for note in dataset.notes:
@@ -172,6 +176,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         imgsz=imgsz,
         seed=settings.seed,
         codec=codec,
+        packing=packing,
         precision=settings.precision,
     )
     path = settings.cache or default_cache_path(f"{data_file.stem}-{settings.teacher.stem}", identity)
@@ -182,9 +187,9 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
             path,
             identity=identity,
             data={"images": [source.to_json() for source in sources], "skipped": _skipped(dataset)},
-            columns=(*codec.columns, PIXEL_HASH),
+            columns=stored_columns(codec, packing),
             num_images=len(dataset),
-            teacher_arrays=teacher.head_arrays(),
+            teacher_arrays={**teacher.head_arrays(), **packed_arrays(dataset)},
         )
     except OtherIdentityError as error:
         raise with_command(error, path, settings.teacher) from error
@@ -270,7 +275,7 @@ def _manifest_fields(job: Job) -> dict[str, Any]:
     return {
         "teacher": job.teacher_record,
         "head": job.teacher.head,
-        "codec": job.codec.describe(),
+        "codec": codec_record(job.codec, job.dataset.packing),
         "imgsz": job.imgsz,
         "seed": job.settings.seed,
         "recipe": job.recipe.to_json(),

@@ -23,6 +23,7 @@ from cache_kd.fingerprint import (
 from cache_kd.pipeline.versions import PIXEL_PACKAGES, package_versions
 from cache_kd.ultralytics_bridge.heads import describe_head
 from cache_kd.ultralytics_bridge.teacher import Checkpoint
+from cache_kd.views.packing import PixelCodec, describe_packing
 from cache_kd.views.recipe import Recipe
 
 OPTIONS = {
@@ -32,6 +33,7 @@ OPTIONS = {
     "codec.fidelity": "--fidelity",
     "codec.store": "--store",
     "codec.layers": "--taps",
+    "codec.pack.spec": "--pack",
 }
 
 
@@ -57,6 +59,7 @@ def cache_identity(
     imgsz: int,
     seed: int,
     codec: ViewCodec,
+    packing: PixelCodec | None,
     precision: str,
 ) -> dict[str, Any]:
     """Return everything that the content of a cache depends on, and nothing else: no path, date, host or batch size."""
@@ -66,10 +69,15 @@ def cache_identity(
         "recipe": recipe.to_json(),
         "imgsz": imgsz,
         "seed": seed,
-        "codec": codec.describe(),
+        "codec": codec_record(codec, packing),
         "precision": precision,
         "versions": package_versions(PIXEL_PACKAGES),
     }
+
+
+def codec_record(codec: ViewCodec, packing: PixelCodec | None) -> dict[str, Any]:
+    """Return what identity and manifest say of how targets and views are kept."""
+    return {**codec.describe(), "pack": describe_packing(packing)}
 
 
 def with_command(error: OtherIdentityError, path: Path, teacher: Path) -> MismatchError:

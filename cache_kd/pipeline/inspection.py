@@ -58,6 +58,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         + (f"; {len(facts['skipped'])} unreadable images skipped: {facts['skipped'][0]}" if facts["skipped"] else ""),
         f"  size      {megabytes(facts['bytes'])}, {facts['bytes_per_view'] / 1e3:.1f} kB a view ({shares})",
         f"  targets   {', '.join(codec['store'])} at fidelity {codec['fidelity']}",
+        f"  pixels    {_pixels(codec['pack'])}",
         f"  teacher   {teacher['file']} (sha256 {teacher['file_sha256'][:16]}), {len(head['names'])} classes: {names}",
         f"  levels    {levels}; reg_max {head['reg_max']}",
         f"  data      {teacher['data']}",
@@ -65,3 +66,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"{environment['batch']}, {environment['threads']} threads, "
         f"ultralytics {environment['versions']['ultralytics']}",
     ]
+
+
+def _pixels(pack: dict[str, Any]) -> str:
+    if pack["spec"] == "none":
+        return "made again from the source images"
+    return f"packed as {pack['spec']} ({pack.get('encoder')}); training needs no training images"

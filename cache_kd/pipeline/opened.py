@@ -12,13 +12,16 @@ from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.codecs import ViewCodec
 from cache_kd.fingerprint import SourceImage, compare_sources
-from cache_kd.pipeline.contents import check_contents, checked_codec, checked_images
+from cache_kd.pipeline.contents import check_contents, checked_codecs, checked_images
 from cache_kd.pipeline.locations import newest_cache
+from cache_kd.pipeline.packed import ARRAYS, packed_views
 from cache_kd.structures import FrozenHead, Targets, View
 from cache_kd.ultralytics_bridge.data import find_data_file, load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.frozen_head import FrozenDetectHead
 from cache_kd.ultralytics_bridge.heads import rebuild_head
+from cache_kd.ultralytics_bridge.packed import PackedViews
+from cache_kd.views.packing import PixelCodec
 from cache_kd.views.recipe import Recipe
 
 
@@ -58,9 +61,18 @@ class Cache:
         return self.reader.num_bytes
 
     @cached_property
+    def _codecs(self) -> tuple[ViewCodec, PixelCodec | None]:
+        return checked_codecs(self.manifest, self.path)
+
+    @property
     def codec(self) -> ViewCodec:
         """How its columns become targets."""
-        return checked_codec(self.manifest, self.path)
+        return self._codecs[0]
+
+    @property
+    def packing(self) -> PixelCodec | None:
+        """How it keeps the views themselves; None where they are made again from the source images."""
+        return self._codecs[1]
 
     def frozen_head(self) -> FrozenHead:
         """Return the teacher's head, rebuilt from the arrays that the cache holds.
@@ -68,7 +80,7 @@ class Cache:
         Raises:
             MismatchError: The head is not one of Ultralytics' own.
         """
-        arrays = {name: self.reader.read_teacher(name) for name in self.manifest.arrays}
+        arrays = {name: self.reader.read_teacher(name) for name in self.manifest.arrays if name not in ARRAYS}
         return FrozenDetectHead(rebuild_head(self.manifest.head, self.manifest.teacher["head"], arrays))
 
     def read(self, view: int, index: int, *, plain: bool = False) -> Targets:
@@ -78,23 +90,22 @@ class Cache:
             SettingError, DamagedCacheError: No such view or image; a file is missing or damaged.
         """
         chosen = View("plain" if plain else "mixed", view)
-        names = tuple(column.name for column in self.manifest.columns)
-        row = self.reader.read(chosen, index, names)
-        batch = self.codec.decode_one({name: value for name, value in row.items() if name != "pixel_hash"})
+        row = self.reader.read(chosen, index, tuple(column.name for column in self.codec.columns))
+        batch = self.codec.decode_one(row)
         return Targets(
             features=tuple(level[0].numpy() for level in batch.features) if batch.features is not None else None,
             scores=batch.scores[0].numpy() if batch.scores is not None else None,
             boxes=batch.boxes[0].numpy() if batch.boxes is not None else None,
             sent=batch.sent[0].numpy() if batch.sent is not None else None,
-            pixel_hash=row["pixel_hash"].tobytes(),
+            pixel_hash=self.reader.read_row(chosen, "pixel_hash", index).tobytes(),
             layers={name: level[0].numpy() for name, level in batch.layers.items()},
         )
 
     def pixels(self, view: int, index: int, *, plain: bool = False) -> np.ndarray:
-        """Return the network's input of one view: (3, H, W) uint8 RGB, made from the source images.
+        """Return the network's input of one view: (3, H, W) uint8 RGB, from the cache if packed, else from the images.
 
         Raises:
-            SettingError: No such view or image.
+            SettingError: No such view or image. DamagedCacheError: Packed pixels are damaged.
             MissingFileError, MismatchError: The data set is not found, or is not the one that the teacher saw.
         """
         chosen = View("plain" if plain else "mixed", view)
@@ -102,9 +113,18 @@ class Cache:
         return self.dataset.sample(chosen, index).pixels
 
     @cached_property
-    def dataset(self) -> ViewDataset:
-        """The data set that the views are made of, checked to be the teacher's."""
+    def packed(self) -> PackedViews | None:
+        """The views that the cache keeps; None where it keeps none."""
+        if self.packing is None:
+            return None
+        return packed_views(self.reader, self.packing, [image.path for image in self.images])
+
+    @cached_property
+    def dataset(self) -> ViewDataset | PackedViews:
+        """The views: those that the cache keeps, else the data set they are made of, checked to be the teacher's."""
         manifest = self.manifest
+        if self.packed is not None:
+            return self.packed
         dataset = ViewDataset(
             load_data(self.data_file()),
             recipe=Recipe.from_settings(manifest.recipe),
@@ -143,6 +163,7 @@ def extract_command(manifest: Manifest) -> str:
         "plain-views": kinds.count("plain"),
         "seed": manifest.seed,
         "fidelity": manifest.codec["fidelity"],
+        "pack": manifest.codec["pack"]["spec"],
         "precision": manifest.environment["precision"],
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]

@@ -83,6 +83,7 @@ def _settings(manifest: Manifest, path: Path, teacher: Path, data: Path | None, 
         store=tuple(manifest.codec["store"]),
         taps=tuple(tap.name for tap in manifest.head.layers),
         fidelity=manifest.codec["fidelity"],
+        pack=manifest.codec["pack"]["spec"],
         precision=manifest.identity["precision"],
         augment=manifest.recipe,
     )

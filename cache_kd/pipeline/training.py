@@ -18,6 +18,7 @@ from cache_kd.losses import LossSpec, parse_losses
 from cache_kd.losses.spec import COMMON
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
+from cache_kd.pipeline.packed import check_class_names, check_decoder
 from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
@@ -93,7 +94,8 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     import_user_modules(settings.imports)  # first: a file may add losses to `LOSSES`
     settings, extra = _resumed(settings, extra)
     cache = _open(settings, say)
-    if differing := other_versions(cache.manifest.identity):
+    differing = other_versions(cache.manifest.identity)
+    if differing and cache.packing is None:  # what is packed was made before; `check_decoder` asks for more than names
         LOG.warning(
             "other versions than at the extraction may make other pixels: %s; %s",
             differing,
@@ -111,7 +113,9 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         check_student(settings.student, trusted=settings.trust_student)
         check_pretrained(extra.get("pretrained"), trusted=settings.trust_student)
     data_file = cache.data_file()
-    load_data(data_file)
+    data = load_data(data_file, train_images=cache.packing is None)
+    if cache.packing is not None:
+        check_class_names(cache.manifest.teacher, data, data_file)
     overrides = {
         "project": str(Path.cwd() / "runs" / "detect"),
         **extra,
@@ -171,6 +175,7 @@ def _balanced(losses: tuple[LossSpec, ...], share: float | None) -> tuple[LossSp
 def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
     """Return what a run with these losses takes from the cache; raises `MismatchError` if it lacks what they need."""
     manifest, codec = cache.manifest, cache.codec
+    difference = check_decoder(cache.reader, cache.packing) if cache.packing else 0
     targets = None
     if losses:
         needed = {f"loss {spec.name}": spec.needs for spec in losses}
@@ -180,7 +185,7 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
             reader=cache.reader,
             columns=codec.columns_for(frozenset[str]().union(*needed.values())),
             ragged=frozenset(column.name for column in codec.columns if column.ragged),
-            verify=settings.verify_pixels,
+            verify="off" if difference else settings.verify_pixels,
             context=version_differences(manifest.identity),
         )
 
@@ -198,7 +203,8 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
         decode=codec.decode,
         head=cache.frozen_head,
         check_data=check_data,
-        record=_record(cache, losses, settings),
+        packed=cache.packed,
+        record={**_record(cache, losses, settings), **({"decoder_difference": difference} if cache.packing else {})},
     )
 
 
@@ -213,6 +219,7 @@ def _record(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings)
         "views": [view.name for view in manifest.views],
         "student": settings.student,
         "verify_pixels": settings.verify_pixels,
+        "pack": cache.packing.spec if cache.packing else "none",
     }
 
 

@@ -14,6 +14,7 @@ from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.pipeline.identity import teacher_differences
 from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.packed import check_decoder
 from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.versions import cpu_threads, other_versions, version_differences
 from cache_kd.structures import SampleTargets, TargetBatch, View
@@ -112,7 +113,8 @@ def verify(
         if differing := other_versions(cache.manifest.identity):
             say(f"other versions than at the extraction: {differing}")
         if pixels:
-            pixel_faults = list(_pixel_faults(cache, progress))
+            same_decoder = cache.packing is None or not check_decoder(cache.reader, cache.packing)
+            pixel_faults = list(_pixel_faults(cache, progress, compare=same_decoder))
             checked = cache.manifest.num_images * len(cache.views)
         if teacher is not None:
             targets_checked, target_faults, worst = _target_faults(cache, teacher, sample, trust_teacher)
@@ -121,7 +123,8 @@ def verify(
     return Verification(report, checked, tuple(pixel_faults), targets_checked, tuple(target_faults), worst)
 
 
-def _pixel_faults(cache: Cache, progress: Callable[[int, int], None] | None) -> Iterator[str]:
+def _pixel_faults(cache: Cache, progress: Callable[[int, int], None] | None, *, compare: bool) -> Iterator[str]:
+    """Yield a line for each view with other pixels than the teacher saw; without `compare` all are only made."""
     context = version_differences(cache.manifest.identity)
     total = cache.manifest.num_images * len(cache.views)
     done = 0
@@ -129,7 +132,7 @@ def _pixel_faults(cache: Cache, progress: Callable[[int, int], None] | None) -> 
         for index in range(cache.manifest.num_images):
             stored = cache.reader.read(view, index, ("pixel_hash",))["pixel_hash"].tobytes()
             found = pixel_hash(cache.dataset.sample(view, index).pixels)
-            if stored != found:
+            if stored != found and compare:
                 name = cache.images[index].path
                 yield f"{view.name}, item {index} ({name}): pixels {found.hex()}, stored {stored.hex()}; {context}"
             done += 1

@@ -70,7 +70,7 @@ def view_batches(
 def encode_views(
     views: list[ViewSample], teacher: TeacherModel, codec: TargetCodec, *, batch: int, place: Callable[[int], str]
 ) -> list[dict[str, np.ndarray]]:
-    """Return one row of columns a view: the encoded targets and the hash of the pixels that the teacher saw.
+    """Return one row of columns a view: encoded targets, what packs the view, the hash of what the teacher saw.
 
     Args:
         place: Says of a position in `views` which view and image it is.
@@ -84,6 +84,7 @@ def encode_views(
             row = codec.encode(targets)
         except AlarmError as error:
             raise AlarmError(f"{place(position)}: {error}; what is committed stays") from error
+        row.update(view.packed)
         row[PIXEL_HASH.name] = np.frombuffer(pixel_hash(view.pixels), dtype=np.uint8)
         rows.append(row)
     return rows

@@ -27,10 +27,11 @@ def find_data_file(recorded: str, *, beside: tuple[Path, ...], purpose: str) -> 
     raise MissingFileError(f"data file {recorded!r} of {purpose} not found (tried {tried}); name it: --data my.yaml")
 
 
-def load_data(path: Path, *, allow_download: bool = False) -> dict[str, Any]:
+def load_data(path: Path, *, allow_download: bool = False, train_images: bool = True) -> dict[str, Any]:
     """Return the data mapping as Ultralytics resolves it: absolute `train` and `val`, `names`, `nc`, `channels`.
 
-    A `download:` entry may run code, so it is followed only with `allow_download`.
+    A `download:` entry may run code, so it is followed only with `allow_download`. Without `train_images` the folder
+    of training images may be missing: a packed cache is trained without them.
 
     Raises:
         MissingFileError: The file or a folder that it names is missing.
@@ -57,7 +58,7 @@ def load_data(path: Path, *, allow_download: bool = False) -> dict[str, Any]:
         raise InputDataError(f"{path}: `names:`: {error.args[0]}") from None
     if data["channels"] != 3:
         raise InputDataError(f"{path}: channels: {data['channels']} is not supported; allowed: 3")
-    _check_folders(path, data)
+    _check_folders(path, data, ("train", "val") if train_images else ("val",))
     return data
 
 
@@ -73,8 +74,8 @@ def _check_entries(path: Path, content: dict[str, Any]) -> None:
         raise InputDataError(f"{path}: `names:` holds {wrong[0]!r}; allowed: words")
 
 
-def _check_folders(path: Path, data: dict[str, Any]) -> None:
-    for split in ("train", "val"):
+def _check_folders(path: Path, data: dict[str, Any], splits: tuple[str, ...]) -> None:
+    for split in splits:
         for entry in data[split] if isinstance(data[split], list) else [data[split]]:
             folder = Path(entry)
             if not folder.exists():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations, Compose, Mosaic
 from ultralytics.data.utils import img2label_paths
@@ -17,6 +18,7 @@ from cache_kd.errors import InputDataError, SettingError
 from cache_kd.fingerprint import SourceImage, scan_sources
 from cache_kd.structures import View, ViewSample
 from cache_kd.ultralytics_bridge.scan import ScannedDataset, printable
+from cache_kd.views.packing import LABELS, PIXELS, PixelCodec, encode_labels
 from cache_kd.views.recipe import Recipe
 from cache_kd.views.seeding import item_seed, random_scope
 
@@ -44,8 +46,9 @@ class ViewDataset(ScannedDataset):
         seed: int,
         stride: int = 32,
         decoded_bytes: int = DECODED_BYTES,
+        packing: PixelCodec | None = None,
     ) -> None:
-        self.recipe, self.seed = recipe, seed
+        self.recipe, self.seed, self.packing = recipe, seed, packing
         settings = recipe.to_json()
         try:
             hyp = get_cfg(overrides={key: value for key, value in settings.items() if value is not None})
@@ -137,16 +140,36 @@ class ViewDataset(ScannedDataset):
         return item
 
     def sample(self, view: View, index: int) -> ViewSample:
-        """Return pixels, classes and boxes (xyxy, pixels of the view) of one view."""
+        """Return pixels, classes and boxes (xyxy, pixels of the view) of one view.
+
+        With a packing these are the pixels that its bytes decode to, and the bytes stand beside them.
+
+        Raises:
+            InputDataError: The image file cannot be read any more, or the view cannot be packed.
+        """
         item = self.item(view, index)
-        pixels = item["img"].numpy()
-        height, width = pixels.shape[1:]
-        boxes = xywh2xyxy(item["bboxes"].numpy().reshape(-1, 4).astype(np.float32))
-        scale = np.array([width, height, width, height], dtype=np.float32)
-        return ViewSample(pixels, item["cls"].numpy().reshape(-1).astype(np.int64), boxes * scale)
+        if self.packing is None:
+            return view_sample(item)
+        try:
+            row = self.packing.encode(item["img"].numpy())
+            labels = encode_labels(item["cls"].numpy(), item["bboxes"].numpy())
+        except InputDataError as error:
+            name = self.image_name(index)
+            raise InputDataError(f"view {view.name}, item {index} ({name}) cannot be packed: {error}") from error
+        item["img"] = torch.from_numpy(self.packing.decode(row, self.imgsz))
+        return view_sample(item, packed={PIXELS: row, LABELS: labels})
 
     def __getitem__(self, key: tuple[View, int]) -> ViewSample:  # the extraction's loader asks by (view, index)
         return self.sample(*key)
+
+
+def view_sample(item: Mapping[str, Any], packed: Mapping[str, np.ndarray] | None = None) -> ViewSample:
+    """Return an item of Ultralytics' (boxes xywh as shares of the view's size) as the teacher takes it."""
+    pixels = item["img"].numpy()
+    height, width = pixels.shape[1:]
+    boxes = xywh2xyxy(item["bboxes"].numpy().reshape(-1, 4).astype(np.float32))
+    scale = np.array([width, height, width, height], dtype=np.float32)
+    return ViewSample(pixels, item["cls"].numpy().reshape(-1).astype(np.int64), boxes * scale, packed or {})
 
 
 class DecodedImages:
@@ -155,6 +178,9 @@ class DecodedImages:
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
         self._images: OrderedDict[int, tuple[np.ndarray, tuple[int, int], tuple[int, int]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._images)
 
     def get(self, index: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]] | None:
         found = self._images.get(index)

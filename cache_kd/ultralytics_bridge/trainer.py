@@ -32,6 +32,7 @@ from cache_kd.student.schedule import ViewSchedule
 from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
 from cache_kd.ultralytics_bridge.gate import checkpoint_globals, readable
 from cache_kd.ultralytics_bridge.heads import describe_head
+from cache_kd.ultralytics_bridge.packed import PackedViews
 from cache_kd.ultralytics_bridge.run_files import (
     NEXT,
     drop_leftovers,
@@ -45,7 +46,7 @@ from cache_kd.ultralytics_bridge.run_files import (
 )
 from cache_kd.ultralytics_bridge.scan import validation_set
 from cache_kd.ultralytics_bridge.student import TARGETS, DistilledMixin, attach_distiller
-from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
+from cache_kd.ultralytics_bridge.training_data import PackedTrainingDataset, TargetSource, TrainingDataset
 from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class DistillPlan:
         teacher: its teacher's head. targets: where items find their columns; None without losses.
         needs_to_columns, decode: the codec's, by which columns become targets on the device.
         head: returns the teacher's head, for losses that run it.
-        check_data: called with the training set before the first epoch; raises when it is not the teacher's.
+        check_data: called with a training set of images before the first epoch; raises when it is not the teacher's.
+        packed: the views that the cache keeps itself, which replace images; None where it keeps none.
         record: what `cache_kd.yaml` in the run's folder says; a resumed run must agree with it.
     """
 
@@ -77,6 +79,7 @@ class DistillPlan:
     decode: Callable[[Mapping[str, torch.Tensor]], TargetBatch]
     head: Callable[[], FrozenHead]
     check_data: Callable[[TrainingDataset], None]
+    packed: PackedViews | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +103,7 @@ class DistillTrainer(DetectionTrainer):
         if self.args.compile and plan.losses:
             LOG.warning("compile=%s is switched off: torch.compile is untested with distillation", self.args.compile)
             self.args.compile = False
-        self._dataset: TrainingDataset | None = None
+        self._dataset: TrainingDataset | PackedTrainingDataset | None = None
         self._watch = TermWatch(shlex.quote(str(plan.record.get("cache", "CACHE"))))
 
     # -- data -------------------------------------------------------------------------------------------------------
@@ -109,8 +112,10 @@ class DistillTrainer(DetectionTrainer):
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
         if mode != "train":
             return validation_set(self.args, img_path, batch=batch, data=self.data, mode=mode, stride=stride)
+        if self._dataset is None and self.plan.packed is not None:
+            self._dataset = PackedTrainingDataset(self.plan.packed, targets=self.plan.targets)
         if self._dataset is None:
-            self._dataset = TrainingDataset(
+            self._dataset = images = TrainingDataset(
                 self.data,
                 targets=self.plan.targets,
                 recipe=self.plan.recipe,
@@ -119,7 +124,7 @@ class DistillTrainer(DetectionTrainer):
                 stride=stride,
                 decoded_bytes=(1 << 62) if self.args.cache in (True, "ram") else DECODED_BYTES,
             )
-            self.plan.check_data(self._dataset)
+            self.plan.check_data(images)
         return self._dataset
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
