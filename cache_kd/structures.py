@@ -162,6 +162,10 @@ class Column:
         return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
+PIXEL_HASH = Column("pixel_hash", "u1", (8,), whole=True)
+"""The proof that a target belongs to these pixels; stored by the loop itself, whatever the codec."""
+
+
 @dataclass(frozen=True)
 class SampleTargets:
     """The teacher's outputs for one view of one image, before the codec; float32 numpy arrays on the CPU.

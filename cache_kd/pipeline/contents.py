@@ -11,8 +11,7 @@ from cache_kd.cache.manifest import NAME, Manifest
 from cache_kd.codecs import ViewCodec
 from cache_kd.errors import CacheKDError, DamagedCacheError
 from cache_kd.fingerprint import SourceImage
-from cache_kd.structures import STORES, Column
-from cache_kd.teacher.extract import PIXEL_HASH
+from cache_kd.structures import PIXEL_HASH, STORES, Column
 from cache_kd.views.packing import PixelCodec, packing_from_description
 
 Rule = tuple[Callable[[Any], bool], str]

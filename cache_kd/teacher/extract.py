@@ -12,11 +12,8 @@ from torch.utils.data import DataLoader
 
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.errors import AlarmError, in_own_words
-from cache_kd.structures import Column, HeadSpec, SampleTargets, TargetCodec, View, ViewDataset, ViewSample
+from cache_kd.structures import PIXEL_HASH, HeadSpec, SampleTargets, TargetCodec, View, ViewDataset, ViewSample
 from cache_kd.views.seeding import pixel_hash
-
-PIXEL_HASH = Column("pixel_hash", "u1", (8,), whole=True)
-"""The proof that a target belongs to these pixels; stored by the loop itself, whatever the codec."""
 
 
 class TeacherModel(Protocol):

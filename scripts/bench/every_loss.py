@@ -1,4 +1,4 @@
-"""In: a teacher and its data set. Out: a short training with every single loss: does its term fall, does the neck feel it?
+"""In: a teacher and its data set. Out: a short training with every loss: does its term fall, does the neck feel it?
 
 Each loss alone, at its default weight, from the same cache and the same start; then logits and features together. A run
 is judged by its own records: the column of results.csv, the shares of kd_gradients.csv, the warnings.

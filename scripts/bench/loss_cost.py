@@ -1,8 +1,9 @@
 """In: a teacher and its data set. Out: what each loss costs: seconds of a step, memory for its gradient, bytes to read.
 
-Every loss is a trainer of its own beside a plain one (Ultralytics' stock trainer and loader); each round takes one whole
-step of every arm, in an order that rotates. Memory is what autograd keeps of the forward pass until the backward pass,
-counted by storage, over that of the plain step. Bytes are those of a view on disk that each need makes a run read.
+Every loss is a trainer of its own beside a plain one (Ultralytics' stock trainer and loader); each round takes one
+whole step of every arm, in an order that rotates. Memory is what autograd keeps of the forward pass until the backward
+pass, counted by storage, over that of the plain step. Bytes are those of a view on disk that each need makes a run
+read.
 
 python scripts/bench/loss_cost.py --teacher best.pt --data bccd.yaml --publish
 
@@ -104,7 +105,9 @@ def main(
         },
         "bytes_a_view": needs,
     }
-    setting: dict[str, Any] = {"teacher": teacher.name, "data": data.name, "student": student, "imgsz": size, "batch": batch}
+    setting: dict[str, Any] = {
+        "teacher": teacher.name, "data": data.name, "student": student, "imgsz": size, "batch": batch,
+    }  # fmt: skip
     file = record.write("loss-cost", {**setting, "rounds": rounds, "workers": 0, "cache": "ram"}, figures)
     if publish:
         device = "one GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"

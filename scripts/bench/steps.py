@@ -1,4 +1,4 @@
-"""In: trainers of several arms. Out: seconds of single training steps, taken in turn so that all see the same machine."""
+"""In: trainers of several arms. Out: seconds of single training steps, taken in turn: all see the same machine."""
 
 from __future__ import annotations
 

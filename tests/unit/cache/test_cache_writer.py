@@ -176,7 +176,8 @@ def test_a_group_of_another_program_or_format_is_refused(tmp_path: Path) -> None
 
 def test_two_writers_get_one_clear_line(tmp_path: Path) -> None:
     first = open_writer(tmp_path / "cache")
-    with pytest.raises(CacheKDError, match=rf"^another extraction is writing .*cache: process {os.getpid()} on .*; wait"):
+    message = rf"^another extraction is writing .*cache: process {os.getpid()} on .*; wait"
+    with pytest.raises(CacheKDError, match=message):
         open_writer(tmp_path / "cache")
     first.close()
     open_writer(tmp_path / "cache").close()
