@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -96,28 +96,62 @@ def main(debug: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
+EXTRACT_OPTIONS = (
+    click.option("--teacher", required=True, type=PATH, help="Ultralytics detection checkpoint."),
+    click.option("--data", type=PATH, help="Data file; default: the one that the checkpoint recorded."),
+    click.option("--cache", type=PATH, help="Folder of the cache; default: kd_cache/<data>-<teacher>-<identity>."),
+    click.option("--views", default=8, show_default=True, help="Mixed views of every image (mosaic and all)."),
+    click.option("--plain-views", default=1, show_default=True, help="Plain views, for the epochs of close_mosaic."),
+    click.option("--imgsz", type=int, help="Side of the views in pixels; default: the checkpoint's."),
+    click.option("--batch", default=16, show_default=True, help="Views a forward pass."),
+    click.option("--device", help="cpu, 0, cuda:1, …; default: the first GPU, else the CPU."),
+    click.option("--workers", type=int, help="Processes that make views; default: 0 on a CPU, else up to 8."),
+    click.option("--seed", default=0, show_default=True, help="Seed of the views."),
+    click.option(
+        "--store", default="features,logits", show_default=True, help="Targets to keep; also vlr, for ld:vlr=…."
+    ),
+    click.option(
+        "--taps", default="", metavar="NAMES", help="More layers to keep: C3,C4,C5 of the backbone, or numbers."
+    ),
+    click.option("--pack", default="none", show_default=True, help="Keep the views too: none, jpeg[:quality] or png."),
+    click.option("--fidelity", help="exact, safe, default, small or tiny; default: default, or what --budget allows."),
+    click.option("--budget", metavar="SIZE", help="Fit into 40GB, 500MB, …: picks fidelity and views, up to --views."),
+    click.option("--precision", default="fp32", show_default=True, help="Of the teacher: fp32 or fp16."),
+    click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads."),
+    click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes."),
+    click.option("--allow-download", is_flag=True, help="Follow the data file's download: entry."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."),
+    click.argument("augmentation", nargs=-1, metavar="[KEY=VALUE]..."),
+)
+
+
+def extract_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of an extraction."""
+    for option in reversed(EXTRACT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def extract_settings(options: dict[str, Any]) -> Any:
+    """Return the `ExtractSettings` that the words of `extract_options` say."""
+    from cache_kd.config import parse_pairs
+    from cache_kd.pipeline.extract_settings import ExtractSettings
+    from cache_kd.pipeline.sizes import parse_size
+
+    augment, budget = parse_pairs(options.pop("augmentation")), options.pop("budget")
+    stores, layers = (names_in(options.pop(name)) for name in ("store", "taps"))
+    size = parse_size(budget, "--budget") if budget is not None else None
+    return ExtractSettings(store=stores, taps=layers, augment=augment, budget=size, **options)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas."""
+    return tuple(part for part in text.split(",") if part)
+
+
 @main.command()
-@click.option("--teacher", required=True, type=PATH, help="Ultralytics detection checkpoint.")
-@click.option("--data", type=PATH, help="Data file; default: the one that the checkpoint recorded.")
-@click.option("--cache", type=PATH, help="Folder of the cache; default: kd_cache/<data>-<teacher>-<identity>.")
-@click.option("--views", default=8, show_default=True, help="Mixed views of every image (mosaic and all).")
-@click.option("--plain-views", default=1, show_default=True, help="Plain views, for the epochs of close_mosaic.")
-@click.option("--imgsz", type=int, help="Side of the views in pixels; default: the checkpoint's.")
-@click.option("--batch", default=16, show_default=True, help="Views a forward pass.")
-@click.option("--device", help="cpu, 0, cuda:1, …; default: the first GPU, else the CPU.")
-@click.option("--workers", type=int, help="Processes that make views; default: 0 on a CPU, else up to 8.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the views.")
-@click.option("--store", default="features,logits", show_default=True, help="Targets to keep; also vlr, for ld:vlr=….")
-@click.option("--taps", default="", metavar="NAMES", help="More layers to keep: C3,C4,C5 of the backbone, or numbers.")
-@click.option("--pack", default="none", show_default=True, help="Keep the views too: none, jpeg[:quality] or png.")
-@click.option("--fidelity", default="default", show_default=True, help="exact, safe, default, small or tiny.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the teacher: fp32 or fp16.")
-@click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads.")
-@click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")
-@click.option("--allow-download", is_flag=True, help="Follow the data file's download: entry.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-@click.argument("augmentation", nargs=-1, metavar="[KEY=VALUE]...")
-def extract(augmentation: tuple[str, ...], store: str, taps: str, as_json: bool, **options: Any) -> None:
+@extract_options
+def extract(as_json: bool, **options: Any) -> None:
     """Run the teacher once over every view of the data set and store what it says.
 
     Data set, image size and augmentation are those that the teacher's checkpoint recorded; KEY=VALUE overrides single
@@ -128,22 +162,28 @@ def extract(augmentation: tuple[str, ...], store: str, taps: str, as_json: bool,
     cache-kd extract --teacher best.pt --views 16 --fidelity small mixup=0.1
     """
     with _quiet(as_json):
-        from cache_kd.config import parse_pairs
-        from cache_kd.pipeline.extract_settings import ExtractSettings
         from cache_kd.pipeline.extraction import extract as run
-        from cache_kd.pipeline.sizes import megabytes
 
-        stores, layers = (tuple(part for part in text.split(",") if part) for text in (store, taps))
         done = run(
-            ExtractSettings(store=stores, taps=layers, augment=parse_pairs(augmentation), **options),
+            extract_settings(options),
             say=lambda line: click.echo(line, err=as_json),
             progress=None if as_json else Progress("views"),
         )
+    _say_made(done, as_json)
+    if not as_json:
+        click.echo("train a student from it: cache-kd train --student yolov8n.yaml")
+
+
+def _say_made(done: Any, as_json: bool) -> None:
+    """Print what a finished extraction or recoding left."""
+    from cache_kd.pipeline.sizes import megabytes
+
+    views, images = [view.name for view in done.manifest.views], done.manifest.num_images
     summary = {
         "cache": str(done.path),
         "digest": done.manifest.digest,
-        "views": [view.name for view in done.manifest.views],
-        "images": done.manifest.num_images,
+        "views": views,
+        "images": images,
         "items_extracted": done.items,
         "bytes": done.num_bytes,
         "seconds": round(done.seconds, 2),
@@ -151,12 +191,30 @@ def extract(augmentation: tuple[str, ...], store: str, taps: str, as_json: bool,
     if as_json:
         click.echo(json.dumps(summary))
         return
-    per_item = done.num_bytes / (done.manifest.num_images * len(done.manifest.views))
+    each = done.num_bytes / (images * len(views)) / 1e3
     click.echo(
-        f"{done.path}: {len(done.manifest.views)} views of {done.manifest.num_images} images, "
-        f"{megabytes(done.num_bytes)} ({per_item / 1e3:.1f} kB a view), digest {done.manifest.digest[:16]}"
+        f"{done.path}: {len(views)} views of {images} images, {megabytes(done.num_bytes)} ({each:.1f} kB a view), "
+        f"digest {done.manifest.digest[:16]}"
     )
-    click.echo("train a student from it: cache-kd train --student yolov8n.yaml")
+
+
+@main.command()
+@extract_options
+def estimate(as_json: bool, **options: Any) -> None:
+    """Say what an extraction would cost before anything is written: bytes, time, read rate, break-even.
+
+    Takes the options of extract, looks at a sample of the views, and shows the neighbouring fidelities and half and
+    double the number of views beside the one asked about.
+
+    \b
+    cache-kd estimate --teacher best.pt
+    cache-kd estimate --teacher best.pt --views 16 --budget 40GB
+    """
+    with _quiet(as_json):
+        from cache_kd.pipeline.estimate import estimate as run
+
+        found = run(extract_settings(options), say=lambda line: click.echo(line, err=as_json))
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
 
 
 @main.command()
@@ -252,6 +310,77 @@ def verify(cache: Path, as_json: bool, repair: bool, jobs: int | None, **options
         click.echo("\n".join(report.lines()))
     if not report.ok:
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--fidelity", help="Coarser than the cache's; default: the same, for fewer --store.")
+@click.option("--store", help="Targets to keep, some of the cache's; default: all of them.")
+@click.option("--cache", "out", type=PATH, help="Folder of the new cache; default: beside the others in kd_cache/.")
+@click.option("--data", type=PATH, help="Data file; only a replayed cache of fidelity exact needs it, for its labels.")
+@click.option("--jobs", type=click.IntRange(1), help="Threads; default: the cores, at most 8.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def recode(cache: Path, store: str | None, out: Path | None, jobs: int | None, as_json: bool, **options: Any) -> None:
+    """Make a smaller cache of the same views from a finer one, without the teacher. Goes on after an interruption.
+
+    \b
+    cache-kd recode kd_cache/bccd-best-1a2b3c4d --fidelity small
+    cache-kd recode kd_cache/bccd-best-1a2b3c4d --store logits
+    """
+    with _quiet(as_json):
+        from cache_kd.pipeline.recoding import RecodeSettings
+        from cache_kd.pipeline.recoding import recode as run
+        from cache_kd.pipeline.versions import cpu_threads
+
+        stores = names_in(store) if store is not None else None
+        done = run(
+            RecodeSettings(cache, store=stores, cache=out, jobs=jobs or min(8, cpu_threads()), **options),
+            say=lambda line: click.echo(line, err=as_json),
+            progress=None if as_json else Progress("views"),
+        )
+    _say_made(done, as_json)
+
+
+@main.command(name="list")
+@click.argument("folder", type=PATH, required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def list_(folder: Path | None, as_json: bool) -> None:
+    """List the caches in a folder, by default kd_cache/ or CACHE_KD_CACHE: size, age, last use, what they hold.
+
+    \b
+    cache-kd list
+    """
+    from cache_kd.pipeline.caches import list_caches, table, to_json
+
+    found = list_caches(folder)
+    click.echo(json.dumps(to_json(found)) if as_json else table(found, folder))
+
+
+@main.command()
+@click.argument("caches", type=PATH, nargs=-1, metavar="CACHE...")
+@click.option("--unfinished", is_flag=True, help="Delete all unfinished caches of the default place.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def rm(caches: tuple[Path, ...], unfinished: bool, yes: bool, as_json: bool) -> None:
+    """Delete caches, and nothing that is no cache or is being written. Asks first on a terminal.
+
+    \b
+    cache-kd rm kd_cache/bccd-best-1a2b3c4d
+    cache-kd rm --unfinished --yes
+    """
+    from cache_kd.pipeline.caches import remove
+    from cache_kd.pipeline.sizes import megabytes
+
+    def agreed(what: str) -> bool:
+        return yes or not sys.stdin.isatty() or click.confirm(f"{what}?", err=as_json)
+
+    gone = remove(caches, unfinished=unfinished, agreed=agreed, say=lambda line: click.echo(line, err=as_json))
+    if as_json:
+        click.echo(json.dumps([{"cache": str(path), "bytes": size} for path, size in gone]))
+        return
+    for path, size in gone:
+        left = "; files that are not the cache's are still there" if path.exists() else ""
+        click.echo(f"{path}: deleted, {megabytes(size)} freed{left}")
 
 
 @main.command()

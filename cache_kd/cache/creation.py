@@ -20,6 +20,7 @@ from cache_kd.cache.files import (
     sweep,
     write_atomic,
 )
+from cache_kd.cache.last_use import LAST_USE
 from cache_kd.cache.layout import DTYPES, check_array_name, group_metadata, teacher_metadata, teacher_path
 from cache_kd.cache.lock import HOLDER, LOCK
 from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, ROOT, TeacherArray, load_manifest, read_root, root_attributes
@@ -38,6 +39,7 @@ from cache_kd.structures import Column
 
 DATA = "data.json"
 OWN = (LOCK, HOLDER)
+FOLDERS = ("teacher", "units", "views")
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,20 @@ def check_folder(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete the cache at `path`; killed in the middle of it, what is left can be gone on with."""
+    """Delete the cache at `path`; killed in the middle of it, what is left can be gone on with.
+
+    Links are deleted, not followed. A folder that holds other files stays, with them.
+    """
     with clear_errors(path, "deleting"):
         for entry in path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
+            if entry.name in FOLDERS and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name not in (ROOT, *OWN):
+            elif entry.name in (*FOLDERS, NAME, DATA, LAST_USE) or entry.name.startswith(TEMPORARY):
                 entry.unlink()
         for name in (ROOT, *OWN):
             (path / name).unlink(missing_ok=True)
-        path.rmdir()
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def create_or_check(path: Path, start: Start) -> tuple[Start, dict[str, TeacherArray]]:

@@ -116,7 +116,7 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     with clear_errors(path, "creating"):
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -128,7 +128,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def publish(waiting: Path, path: Path) -> None:
@@ -140,7 +140,7 @@ def publish(waiting: Path, path: Path) -> None:
         finally:
             os.close(descriptor)
         os.replace(waiting, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def create_only(path: Path, data: bytes) -> bool:
@@ -160,7 +160,7 @@ def create_only(path: Path, data: bytes) -> bool:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     return True
 
 
@@ -229,7 +229,8 @@ def _write_temporary(path: Path, data: bytes) -> Path:
     return temporary
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync the entries of a folder to disk, where the system can."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

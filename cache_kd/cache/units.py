@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from cache_kd.cache.files import sha256
-from cache_kd.cache.layout import ArrayLayout, length_name
+from cache_kd.cache.layout import ArrayLayout, layouts, length_name, shard_size
 from cache_kd.cache.records import FileEntry
 from cache_kd.cache.shard import encode_shard, tail_checksum
 from cache_kd.errors import InputDataError
@@ -46,9 +46,23 @@ def file_entry(path: str, content: bytes, layout: ArrayLayout) -> FileEntry:
     return FileEntry(path, len(content), sha256(content), tail_checksum(content, layout))
 
 
-def measure_rows(rows: Rows, layouts: Mapping[str, ArrayLayout]) -> dict[str, int]:
-    """Return the bytes that these rows of a few samples would take on disk, by array."""
-    return {name: len(encode_shard(_values(rows, layout, layouts), layout)) for name, layout in layouts.items()}
+def measure_rows(rows: Rows, columns: Sequence[Column], num_images: int) -> dict[str, np.ndarray]:
+    """Return the bytes that each of these rows of a few samples takes in a cache of `num_images`, by array.
+
+    A row's share of the indices of the shards is in it; of chunks that hold a whole shard, every row has the mean.
+    """
+    every = layouts(columns, num_images, shard_size(columns))
+    return {name: _row_bytes(_values(rows, layout, every), layout) for name, layout in every.items()}
+
+
+def _row_bytes(values: list[np.ndarray], layout: ArrayLayout) -> np.ndarray:
+    step = layout.samples if layout.column.whole else 1
+    parts = [values[start : start + step] for start in range(0, len(values), step)]
+    sizes = [len(encode_shard(part, layout)) - layout.index_bytes for part in parts]
+    index = layout.index_bytes * layout.num_shards / layout.num_images
+    if layout.column.whole:
+        return np.full(len(values), sum(sizes) / len(values) + index)
+    return np.array(sizes) + index
 
 
 def _values(rows: Rows, layout: ArrayLayout, layouts: Mapping[str, ArrayLayout]) -> list[np.ndarray]:

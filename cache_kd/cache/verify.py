@@ -15,6 +15,7 @@ import numpy as np
 
 from cache_kd.cache.creation import DATA
 from cache_kd.cache.files import TEMPORARY, find_leftovers, parse_json, read_inside, sha256
+from cache_kd.cache.last_use import LAST_USE
 from cache_kd.cache.layout import CHECKSUM, check_metadata, check_with_zarr, layouts, teacher_path
 from cache_kd.cache.listing import (
     Layouts,
@@ -232,7 +233,7 @@ def _notes(path: Path, manifest: Manifest, listed: Listed) -> Iterator[str]:
     if os.path.lexists(path / HOLDER):
         yield f"{HOLDER}: a writer is at work, or one died; the next extraction replaces it"
     known = {entry.path for files in listed.values() for entry in files.values()}
-    known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, LOCK, HOLDER}
+    known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, LOCK, HOLDER, LAST_USE}
     known |= {teacher_path(name, len(array.shape)) for name, array in manifest.arrays.items()}
     views = {view.name for view in manifest.views}
     for folder, _, names in os.walk(path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -35,7 +36,7 @@ from cache_kd.cache.manifest import (
     read_manifest,
 )
 from cache_kd.cache.records import FileEntry, UnitRecord, parse_record, record_path, shards_json, shards_path
-from cache_kd.cache.units import check_rows, encode_unit, measure_rows
+from cache_kd.cache.units import check_rows, encode_unit
 from cache_kd.errors import CacheKDError, DamagedCacheError, SettingError
 from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
@@ -122,13 +123,20 @@ class CacheWriter:
         return self._finished(view, shard) is not None
 
     def write_unit(
-        self, view: View, shard: int, rows: dict[str, list[np.ndarray]], environment: dict[str, Any]
+        self,
+        view: View,
+        shard: int,
+        rows: dict[str, list[np.ndarray]],
+        environment: dict[str, Any],
+        *,
+        seconds: Mapping[str, float] | None = None,
     ) -> UnitRecord:
         """Write one shard of all columns of `view` and its record; a finished unit is left as it is.
 
         Args:
             rows: of each column one array a sample in order; ragged rows are 1-D u8. Length columns are added here.
             environment: JSON about where and with what this was computed.
+            seconds: what that took, by stage; "write" is added here.
 
         Raises:
             InputDataError: rows that do not fit the columns. DiskSpaceError, CacheKDError: the disk refuses.
@@ -143,12 +151,14 @@ class CacheWriter:
         if record := self._finished(view, shard):
             return record
         self._describe(view)
+        started = time.perf_counter()
         files = []
         for entry, content in encode_unit(rows, self._layouts, view, shard):
             make_folder((self.path / entry.path).parent)
             write_atomic(self.path / entry.path, content)
             files.append(entry)
-        record = UnitRecord(view, shard, attempt, environment, tuple(files))
+        taken = {} if seconds is None else {**seconds, "write": round(time.perf_counter() - started, 6)}
+        record = UnitRecord(view, shard, attempt, environment, tuple(files), taken)
         target = self.path / record_path(view, shard)
         make_folder(target.parent)
         if not create_only(target, record.content()):
@@ -213,10 +223,6 @@ class CacheWriter:
             make_folder(self.path / layout.folder(view))
             self._publish(self.path / layout.folder(view) / "zarr.json", canonical_json(layout.metadata()))
         self._described.add(view)
-
-    def measure(self, rows: dict[str, list[np.ndarray]]) -> dict[str, int]:
-        """Return the bytes that these rows of a few samples would take on disk, by array; nothing is written."""
-        return measure_rows(rows, self._layouts)
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Write `content` unless the file holds it already: topping up touches no file of an older view."""

@@ -168,24 +168,25 @@ class ViewCodec:
             MismatchError: a target that this cache stores is missing or has another shape.
             AlarmError: a value is not finite or beyond what can be stored.
         """
+        return self.encode_columns(sample, {column.name for column in self.columns})
+
+    def encode_columns(self, sample: SampleTargets, wanted: Collection[str]) -> dict[str, np.ndarray]:
+        """Return the row of some columns, see `encode`: all of a target's or none."""
+        shape = self.logit_shape
         row: dict[str, np.ndarray] = {}
-        if "features" in self.store:
+        if "features" in wanted:
             row.update(self.fidelity.features.encode(sample.features, self.levels))
-            score_map = _present(sample.score_map, "score_map", (self.logit_shape.anchors,))
-            row["score_map"] = self.fidelity.score_map.encode(score_map)
             for layer, values in zip(self.layers, sample.layers, strict=True):
                 encoded = self.fidelity.features.encode((values,), (layer,))
                 row.update({layer_column(layer.name, name): column for name, column in encoded.items()})
-        if "logits" in self.store:
-            row.update(self._encode_logits(sample))
-        return row
-
-    def _encode_logits(self, sample: SampleTargets) -> dict[str, np.ndarray]:
-        shape = self.logit_shape
-        scores = _present(sample.scores, "scores", (shape.anchors, shape.classes))
-        boxes = _present(sample.boxes, "boxes", (shape.anchors, shape.box_width))
-        row = self.fidelity.logits.encode(scores, boxes, sample.in_box, shape)
-        if self.head.hold_channels:
+        if "score_map" in wanted:
+            score_map = _present(sample.score_map, "score_map", (shape.anchors,))
+            row["score_map"] = self.fidelity.score_map.encode(score_map)
+        if any(column.name in wanted for column in self.fidelity.logits.columns(shape)):
+            scores = _present(sample.scores, "scores", (shape.anchors, shape.classes))
+            boxes = _present(sample.boxes, "boxes", (shape.anchors, shape.box_width))
+            row.update(self.fidelity.logits.encode(scores, boxes, sample.in_box, shape))
+        if "hold_stats" in wanted:
             channels = (self.head.hold_channels,)
             mean = _present(sample.hold_mean, "hold_mean", channels)
             row["hold_stats"] = self.fidelity.hold_stats.encode(mean, _present(sample.hold_m2, "hold_m2", channels))

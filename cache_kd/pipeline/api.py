@@ -9,6 +9,7 @@ from typing import Any
 from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import extract as run_extraction
 from cache_kd.pipeline.opened import Cache, open_cache
+from cache_kd.pipeline.sizes import parse_size
 from cache_kd.pipeline.training import Trained, TrainSettings
 from cache_kd.pipeline.training import train as run_training
 
@@ -22,7 +23,7 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
     Args:
         teacher: Checkpoint.
         options: Fields of `ExtractSettings` (data, cache, views, plain_views, imgsz, batch, device, workers, seed,
-            store, fidelity, precision, …); any other name is an augmentation key of Ultralytics.
+            store, fidelity, budget, precision, …); any other name is an augmentation key of Ultralytics.
 
     Raises:
         CacheKDError: One line about what is wrong.
@@ -35,6 +36,8 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
     for name in ("store", "taps"):
         if name in own:
             own[name] = tuple(own[name])
+    if isinstance(own.get("budget"), str):
+        own["budget"] = parse_size(own["budget"], "budget")
     return Cache(run_extraction(ExtractSettings(Path(teacher), augment=augment, **own)).path)
 
 

@@ -28,6 +28,7 @@ RANGES = {
 }
 """What whole numbers may be; the upper ends keep a slip of the finger from filling the memory."""
 MAX_IMGSZ = 8192
+DEFAULT_FIDELITY = "default"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ExtractSettings:
         device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
         taps: layers whose maps are kept beside those that the head sees. pack: none, jpeg[:quality] or png: whether
             the views themselves are kept, and how.
+        fidelity: None takes `DEFAULT_FIDELITY`, or what the budget allows. budget: bytes that the cache may take; the
+            number of mixed views is then at most `views`.
     """
 
     teacher: Path
@@ -53,13 +56,14 @@ class ExtractSettings:
     seed: int = 0
     store: tuple[str, ...] = ("features", "logits")
     taps: tuple[str, ...] = ()
-    fidelity: str = "default"
+    fidelity: str | None = None
     pack: str = "none"
     precision: str = "fp32"
     trust_teacher: bool = False
     imports: tuple[Path, ...] = ()
     allow_download: bool = False
     augment: Mapping[str, Any] | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

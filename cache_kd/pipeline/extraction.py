@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,34 @@ import numpy as np
 import torch
 
 from cache_kd.cache.creation import discard
+from cache_kd.cache.disk import free_bytes, write_rate
+from cache_kd.cache.layout import shard_size
 from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.writer import CacheWriter
-from cache_kd.codecs import ViewCodec
+from cache_kd.codecs import FIDELITIES, ViewCodec
 from cache_kd.errors import CacheKDError, DiskSpaceError, MismatchError
-from cache_kd.fingerprint import OtherIdentityError
+from cache_kd.fingerprint import OtherIdentityError, SourceImage, canonical_json
+from cache_kd.pipeline.budget import MARGIN, Choice, ViewBytes, choose
 from cache_kd.pipeline.contents import stored_columns
+from cache_kd.pipeline.default_losses import arrays_read
 from cache_kd.pipeline.extract_settings import (
+    DEFAULT_FIDELITY,
     ExtractSettings,
     data_file_of,
     device_of,
     loader_workers,
     recipe_of,
 )
+from cache_kd.pipeline.forecast import Forecast, Workload, forecast, passes_of
 from cache_kd.pipeline.identity import cache_identity, codec_record, teacher_identity, with_command
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.packed import packed_arrays
+from cache_kd.pipeline.probe import ITEMS, MOST_ITEMS, Probed, probe, torch_threads
 from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.versions import cpu_threads, environment
-from cache_kd.teacher.extract import PIXEL_HASH, Unit, encode_views, extract_units, open_units, places, view_batches
+from cache_kd.structures import KINDS, Column, View
+from cache_kd.teacher.extract import Unit, extract_units, open_units
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.gate import import_user_modules
@@ -46,23 +52,8 @@ from cache_kd.views.packing import parse_packing
 from cache_kd.views.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
-PROBE_BATCHES = 2
-DISK_MARGIN = 1.05
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What is about to be paid: views and bytes still to write, seconds, and the disk's free bytes."""
-
-    views_open: int
-    items_open: int
-    bytes_per_item: float
-    seconds: float
-    free: int
-
-    @property
-    def bytes(self) -> float:
-        return self.bytes_per_item * self.items_open
+PROBE_ITEMS = 16
+"""Items of each kind of view that are looked at before an extraction."""
 
 
 @dataclass(frozen=True)
@@ -91,34 +82,35 @@ def extract(
         CacheKDError: One line about what is wrong; nothing half-written is left behind.
     """
     job = prepare(settings, say)
-    with job.writer, _nothing_left(job):
-        units = open_units(job.writer, settings.view_list)
+    views = job.settings.view_list
+    with job.writer, nothing_left(job.path, job.made):
+        units = open_units(job.writer, views)
         started = time.perf_counter()
         items = sum(len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units)
         if units:
-            _check_disk(_forecast(job, units, items), job.path, say)
+            _check_disk(_forecast(job, units), job.path, say)
             with torch_threads(cpu_threads()):
                 _run(job, units, items, progress)
         else:
-            say(f"{job.path}: every view is there already; more of them: --views {settings.views * 2 or 8}")
-        manifest = job.writer.finish(settings.view_list, _manifest_fields(job))
+            say(f"{job.path}: every view is there already; more of them: --views {job.settings.views * 2 or 8}")
+        manifest = job.writer.finish(views, _manifest_fields(job))
     seconds = time.perf_counter() - started
     return Extracted(job.path, manifest, CacheReader(job.path).num_bytes, items, seconds)
 
 
 @contextmanager
-def _nothing_left(job: Job) -> Iterator[None]:
+def nothing_left(path: Path, made: Sequence[Path]) -> Iterator[None]:
     """Remove a cache's folder, and those made for it, when its first extraction ends before the first unit."""
     try:
         yield
     except (CacheKDError, KeyboardInterrupt):
-        if job.path in job.made and not any(job.path.glob("units/**/*.json")):
-            discard(job.path)
-            _remove_empty(job.made[1:])
+        if path in made and not any(path.glob("units/**/*.json")):
+            discard(path)
+            remove_empty(made[1:])
         raise
 
 
-def _remove_empty(folders: Sequence[Path]) -> None:
+def remove_empty(folders: Sequence[Path]) -> None:
     """Remove these nested folders, the innermost first, up to one that holds something."""
     with suppress(OSError):
         for folder in folders:
@@ -126,24 +118,82 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
-    """An extraction that is ready to run: everything is loaded and checked, the cache is open for writing."""
+class Plan:
+    """An extraction of which all is loaded and checked, and nothing written."""
 
     settings: ExtractSettings
     dataset: ViewDataset
     teacher: Teacher
-    codec: ViewCodec
-    writer: CacheWriter
-    path: Path
+    teacher_parts: Mapping[str, Any]
     teacher_record: dict[str, Any]
+    sources: tuple[SourceImage, ...]
     recipe: Recipe
     imgsz: int
-    environment: dict[str, Any]
-    made: tuple[Path, ...]
+    device: str
+    name: str
+
+    def codec(self, fidelity: str) -> ViewCodec:
+        """Return the codec of a preset; raises `SettingError` for an unknown one."""
+        return ViewCodec.create(fidelity, self.teacher.head, self.imgsz, self.settings.store)
+
+    def identity(self, codec: ViewCodec) -> dict[str, Any]:
+        """Return the identity of the cache that this extraction makes with `codec`."""
+        return cache_identity(
+            teacher=self.teacher_parts,
+            sources=self.sources,
+            recipe=self.recipe,
+            imgsz=self.imgsz,
+            seed=self.settings.seed,
+            codec=codec,
+            packing=self.dataset.packing,
+            precision=self.settings.precision,
+        )
+
+    def path(self, codec: ViewCodec) -> Path:
+        """Return the folder of that cache; raises `MismatchError` for one inside the data set."""
+        path = self.settings.cache or default_cache_path(self.name, self.identity(codec))
+        _check_place(path, self.dataset)
+        return path
+
+    def columns(self, codec: ViewCodec) -> tuple[Column, ...]:
+        """Return the columns of every view of that cache."""
+        return stored_columns(codec, self.dataset.packing)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what is kept once a cache: the teacher's head and, where views are packed, their source images."""
+        return {**self.teacher.head_arrays(), **packed_arrays(self.dataset)}
+
+    def data(self) -> dict[str, Any]:
+        """Return the content of `data.json`."""
+        return {"images": [source.to_json() for source in self.sources], "skipped": _skipped(self.dataset)}
+
+    def probe(self, codecs: Mapping[str, ViewCodec], views: Sequence[View], *, items: int, most: int) -> Probed:
+        """Return what a sample of the items of `views` takes."""
+        with torch_threads(cpu_threads()):
+            return probe(self.dataset, self.teacher, codecs, views, batch=self.settings.batch, items=items, most=most)
+
+    def workload(
+        self, codec: ViewCodec, views: Mapping[str, int], *, write_rate: float, fixed_bytes: int = 0
+    ) -> Workload:
+        """Return what an extraction of so many views of each kind does."""
+        images = len(self.dataset)
+        shard = shard_size(self.columns(codec))
+        return Workload(
+            items={kind: count * images for kind, count in views.items()},
+            images=images,
+            passes=sum(views.values()) * passes_of(images, shard, self.settings.batch),
+            workers=loader_workers(self.settings),
+            write_rate=write_rate,
+            fixed_bytes=fixed_bytes,
+        )
+
+    def fixed_bytes(self) -> int:
+        """Return the bytes that are written once, whatever the views: the teacher's head and the list of images."""
+        return sum(array.nbytes for array in self.arrays().values()) + len(canonical_json(self.data()))
 
 
-def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
-    """Check everything that can be checked before the first forward pass, and open the cache."""
+def make_plan(settings: ExtractSettings, say: Callable[[str], None]) -> Plan:
+    """Load and check everything that can be checked before the first forward pass; nothing is written."""
     import_user_modules(settings.imports)
     checkpoint = load_teacher(settings.teacher, trusted=settings.trust_teacher)
     recorded = checkpoint.train_args
@@ -161,42 +211,11 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         taps=settings.taps,
     )
     check_selection(recipe.to_json(), int(data["nc"]))
-    packing = parse_packing(settings.pack)
-    dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed, packing=packing)
+    dataset = ViewDataset(data, recipe=recipe, imgsz=imgsz, seed=settings.seed, packing=parse_packing(settings.pack))
     for fault in dataset.faults:
         say(f"skipped as Ultralytics would: {fault}")
     for note in dataset.notes:
         say(f"taken as Ultralytics would: {note}")
-    sources = dataset.sources()
-    codec = ViewCodec.create(settings.fidelity, teacher.head, imgsz, settings.store)
-    identity = cache_identity(
-        teacher=teacher_parts,
-        sources=sources,
-        recipe=recipe,
-        imgsz=imgsz,
-        seed=settings.seed,
-        codec=codec,
-        packing=packing,
-        precision=settings.precision,
-    )
-    path = settings.cache or default_cache_path(f"{data_file.stem}-{settings.teacher.stem}", identity)
-    _check_place(path, dataset)
-    made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
-    try:
-        writer = CacheWriter.open_or_create(
-            path,
-            identity=identity,
-            data={"images": [source.to_json() for source in sources], "skipped": _skipped(dataset)},
-            columns=stored_columns(codec, packing),
-            num_images=len(dataset),
-            teacher_arrays={**teacher.head_arrays(), **packed_arrays(dataset)},
-        )
-    except OtherIdentityError as error:
-        raise with_command(error, path, settings.teacher) from error
-    except (CacheKDError, KeyboardInterrupt):
-        if not path.exists():
-            _remove_empty(made[1:])
-        raise
     record = {
         "file": settings.teacher.name,
         "file_sha256": checkpoint.file_sha256,
@@ -206,8 +225,81 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         "augment": dict(settings.augment or {}),
         "data_names": [str(data["names"][index]) for index in range(data["nc"])],
     }
-    env = environment(device=device, batch=settings.batch, precision=settings.precision)
-    return Job(settings, dataset, teacher, codec, writer, path, record, recipe, imgsz, env, made)
+    name, sources = f"{data_file.stem}-{settings.teacher.stem}", dataset.sources()
+    return Plan(settings, dataset, teacher, teacher_parts, record, sources, recipe, imgsz, device, name)
+
+
+def within_budget(plan: Plan, budget: int, probed: Probed, fixed_bytes: int) -> Choice:
+    """Return the fidelity and the number of views that `--budget` allows, of the fidelities that were probed."""
+    images, settings = len(plan.dataset), plan.settings
+    sizes = {
+        name: ViewBytes(images * probed.item_bytes(name, "mixed"), images * probed.item_bytes(name, "plain"))
+        for name in probed.sizes
+    }
+    return choose(budget, sizes, views=settings.views, plain_views=settings.plain_views, fixed_bytes=fixed_bytes)
+
+
+def budget_fidelities(settings: ExtractSettings) -> tuple[str, ...]:
+    """Return the fidelities that a budget chooses from: the one asked for, else all but `exact`, the finest first."""
+    return (settings.fidelity,) if settings.fidelity else tuple(name for name in FIDELITIES if name != "exact")
+
+
+@dataclass(frozen=True)
+class Job:
+    """An extraction that is ready to run: the plan, and the cache, open for writing."""
+
+    plan: Plan
+    settings: ExtractSettings
+    codec: ViewCodec
+    writer: CacheWriter
+    path: Path
+    environment: dict[str, Any]
+    made: tuple[Path, ...]
+    probed: Probed | None = None
+
+    @property
+    def dataset(self) -> ViewDataset:
+        return self.plan.dataset
+
+    @property
+    def teacher(self) -> Teacher:
+        return self.plan.teacher
+
+
+def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
+    """Check everything that can be checked before the first forward pass, and open the cache.
+
+    With a budget some views are looked at before, and the settings of the job name what was chosen.
+    """
+    plan = make_plan(settings, say)
+    probed = None
+    if settings.budget is not None:
+        codecs = {name: plan.codec(name) for name in budget_fidelities(settings)}
+        probed = plan.probe(codecs, settings.view_list, items=ITEMS, most=MOST_ITEMS)
+        choice = within_budget(plan, settings.budget, probed, plan.fixed_bytes())
+        for line in choice.reason:
+            say(line)
+        settings = replace(settings, fidelity=choice.fidelity, views=choice.views)
+    codec = plan.codec(settings.fidelity or DEFAULT_FIDELITY)
+    path = plan.path(codec)
+    made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
+    try:
+        writer = CacheWriter.open_or_create(
+            path,
+            identity=plan.identity(codec),
+            data=plan.data(),
+            columns=plan.columns(codec),
+            num_images=len(plan.dataset),
+            teacher_arrays=plan.arrays(),
+        )
+    except OtherIdentityError as error:
+        raise with_command(error, path, settings.teacher) from error
+    except (CacheKDError, KeyboardInterrupt):
+        if not path.exists():
+            remove_empty(made[1:])
+        raise
+    env = environment(device=plan.device, batch=settings.batch, precision=settings.precision)
+    return Job(plan, settings, codec, writer, path, env, made, probed)
 
 
 def _run(job: Job, units: Sequence[Unit], items: int, progress: Callable[[int, int], None] | None) -> None:
@@ -232,53 +324,46 @@ def _run(job: Job, units: Sequence[Unit], items: int, progress: Callable[[int, i
     )
 
 
-def _forecast(job: Job, units: Sequence[Unit], items: int) -> Forecast:
-    """Measure bytes and seconds of an item on the first batches; nothing of it is written."""
-    rows: dict[str, list[np.ndarray]] = {}
-    seconds, measured = 0.0, 0
-    with torch_threads(cpu_threads()):
-        probe = view_batches(
-            job.dataset, units[:1], shard_size=job.writer.shard_size, batch=job.settings.batch, workers=0
-        )
-        started = time.perf_counter()
-        for number, (unit, _, views) in enumerate(itertools.islice(probe, PROBE_BATCHES)):
-            first = unit.shard * job.writer.shard_size + number * job.settings.batch
-            place = places(job.dataset, unit.view, first)
-            for row in encode_views(views, job.teacher, job.codec, batch=job.settings.batch, place=place):
-                for name, values in row.items():
-                    rows.setdefault(name, []).append(values)
-            seconds, measured = time.perf_counter() - started, len(views)
-            if number == 0:
-                started = time.perf_counter()  # the first batch warms up; a second one is timed alone
-    sampled = len(rows[PIXEL_HASH.name])
-    free = shutil.disk_usage(_existing_parent(job.path)).free
-    views_open = len({unit.view for unit in units})
-    return Forecast(
-        views_open, items, sum(job.writer.measure(rows).values()) / sampled, seconds / measured * items, free
+def _forecast(job: Job, units: Sequence[Unit]) -> tuple[int, Forecast]:
+    """Return how many views are open and what their units cost, by a sample of their items."""
+    views = list(dict.fromkeys(unit.view for unit in units))
+    name = job.codec.fidelity.name
+    probed = job.probed or job.plan.probe({name: job.codec}, views, items=PROBE_ITEMS, most=PROBE_ITEMS)
+    size, images = job.writer.shard_size, len(job.dataset)
+    counts = [len(unit.indices(size, images)) for unit in units]
+    items = {kind: sum(n for unit, n in zip(units, counts, strict=True) if unit.view.kind == kind) for kind in KINDS}
+    work = Workload(
+        items=items,
+        images=images,
+        passes=sum(-(-count // job.settings.batch) for count in counts),
+        workers=loader_workers(job.settings),
+        write_rate=write_rate(job.path),
     )
+    return len(views), forecast(probed, name, work, arrays_read(job.codec, job.dataset.packing))
 
 
-def _check_disk(forecast: Forecast, path: Path, say: Callable[[str], None]) -> None:
+def _check_disk(ahead: tuple[int, Forecast], path: Path, say: Callable[[str], None]) -> None:
+    (views, forecast), free = ahead, free_bytes(path)
     say(
-        f"{path}: {forecast.views_open} views to extract, {forecast.items_open} items, "
-        f"about {megabytes(forecast.bytes)} ({forecast.bytes_per_item / 1e3:.1f} kB an item), "
-        f"{megabytes(forecast.free)} free, about {forecast.seconds:.0f} s"
+        f"{path}: {views} views to extract, {forecast.items} items, "
+        f"about {megabytes(forecast.bytes)} ({forecast.bytes_per_view / 1e3:.1f} kB a view), "
+        f"{megabytes(free)} free, about {forecast.seconds:.0f} s"
     )
-    if forecast.bytes * DISK_MARGIN > forecast.free:
+    if forecast.bytes * MARGIN > free:
         raise DiskSpaceError(
-            f"{path} needs about {megabytes(forecast.bytes)} and its disk has {megabytes(forecast.free)} free; "
+            f"{path} needs about {megabytes(forecast.bytes)} and its disk has {megabytes(free)} free; "
             "choose fewer --views, --fidelity small or tiny, or another --cache"
         )
 
 
 def _manifest_fields(job: Job) -> dict[str, Any]:
     return {
-        "teacher": job.teacher_record,
+        "teacher": job.plan.teacher_record,
         "head": job.teacher.head,
         "codec": codec_record(job.codec, job.dataset.packing),
-        "imgsz": job.imgsz,
+        "imgsz": job.plan.imgsz,
         "seed": job.settings.seed,
-        "recipe": job.recipe.to_json(),
+        "recipe": job.plan.recipe.to_json(),
         "environment": job.environment,
     }
 
@@ -298,21 +383,3 @@ def _check_place(path: Path, dataset: ViewDataset) -> None:
     for inside in dict.fromkeys(Path(file).parent for file in (*dataset.im_files, *dataset.label_files)):
         if path.resolve().is_relative_to(inside.resolve()):
             raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Use `count` torch threads inside: importing or running Ultralytics may have left only one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -26,6 +26,8 @@ from cache_kd.ultralytics_bridge.teacher import Checkpoint
 from cache_kd.views.packing import PixelCodec, describe_packing
 from cache_kd.views.recipe import Recipe
 
+RECODED = "recoded_from"
+"""Part of the identity of a cache that was made from another: each earlier cache's identity and fidelity, in order."""
 OPTIONS = {
     "imgsz": "--imgsz",
     "seed": "--seed",
@@ -78,6 +80,12 @@ def cache_identity(
 def codec_record(codec: ViewCodec, packing: PixelCodec | None) -> dict[str, Any]:
     """Return what identity and manifest say of how targets and views are kept."""
     return {**codec.describe(), "pack": describe_packing(packing)}
+
+
+def recodings(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return from which caches a cache was made, one after the other; none for one that a teacher filled."""
+    chain = identity.get(RECODED)
+    return [made for made in chain if isinstance(made, dict)] if isinstance(chain, list) else []
 
 
 def with_command(error: OtherIdentityError, path: Path, teacher: Path) -> MismatchError:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cache_kd.cache.files import brief
+from cache_kd.pipeline.costs import costs
+from cache_kd.pipeline.costs import lines as cost_lines
+from cache_kd.pipeline.identity import recodings
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.sizes import megabytes
 
@@ -29,6 +33,8 @@ def describe(path: Path) -> dict[str, Any]:
         "skipped": skipped,
         "bytes": cache.num_bytes,
         "bytes_per_view": cache.num_bytes / items,
+        "recoded_from": recodings(manifest.identity),
+        "costs": costs(cache, by_column),
         "bytes_by_column": dict(sorted(by_column.items(), key=lambda pair: -pair[1])),
         "shard_size": manifest.shard_size,
         "imgsz": manifest.imgsz,
@@ -57,7 +63,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"  views     {', '.join(kinds)}, of {facts['images']} images at {facts['imgsz']} px, seed {facts['seed']}"
         + (f"; {len(facts['skipped'])} unreadable images skipped: {facts['skipped'][0]}" if facts["skipped"] else ""),
         f"  size      {megabytes(facts['bytes'])}, {facts['bytes_per_view'] / 1e3:.1f} kB a view ({shares})",
-        f"  targets   {', '.join(codec['store'])} at fidelity {codec['fidelity']}",
+        *cost_lines(facts["costs"], facts["images"]),
+        f"  targets   {', '.join(codec['store'])} at fidelity {codec['fidelity']}"
+        + "".join(_origin(made) for made in facts["recoded_from"]),
         f"  pixels    {_pixels(codec['pack'])}",
         f"  teacher   {teacher['file']} (sha256 {teacher['file_sha256'][:16]}), {len(head['names'])} classes: {names}",
         f"  levels    {levels}; reg_max {head['reg_max']}",
@@ -66,6 +74,10 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"{environment['batch']}, {environment['threads']} threads, "
         f"ultralytics {environment['versions']['ultralytics']}",
     ]
+
+
+def _origin(made: dict[str, Any]) -> str:
+    return f", recoded from {brief(made.get('fidelity'), 20)} ({brief(made.get('identity'), 9)})"
 
 
 def _pixels(pack: dict[str, Any]) -> str:

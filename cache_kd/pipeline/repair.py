@@ -16,8 +16,9 @@ from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import MismatchError
 from cache_kd.fingerprint import differences, listed
 from cache_kd.pipeline.extract_settings import ExtractSettings, loader_workers
-from cache_kd.pipeline.extraction import Job, prepare, torch_threads
+from cache_kd.pipeline.extraction import Job, prepare
 from cache_kd.pipeline.opened import recorded_data_file
+from cache_kd.pipeline.probe import torch_threads
 from cache_kd.pipeline.verification import Verification
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.teacher.extract import Unit, extract_units

@@ -1,4 +1,4 @@
-"""In: bytes as a number, or as words like 40GB. Out: the other of the two."""
+"""In: bytes and seconds as numbers, or bytes as words like 40GB. Out: the other of the two."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def parse_size(text: str, option: str) -> int:
     if count < 1:
         raise SettingError(f"{option} {text!r} is no size; allowed: a number and a unit, as 500MB, 40GB, 1.5TB")
     return count
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text with a fitting unit."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

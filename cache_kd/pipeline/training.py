@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from cache_kd.cache.last_use import mark_used
 from cache_kd.cache.manifest import Manifest
 from cache_kd.config import read_yaml
 from cache_kd.errors import MismatchError, MissingFileError, SettingError
 from cache_kd.fingerprint import compare_sources
 from cache_kd.losses import LossSpec, parse_losses
 from cache_kd.losses.spec import COMMON
+from cache_kd.pipeline.default_losses import default_losses
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.packed import check_class_names, check_decoder
@@ -72,16 +74,6 @@ class Trained:
     metrics: dict[str, float]
 
 
-def default_losses(manifest: Manifest) -> tuple[str, ...]:
-    """Return the losses of a run that names none: cwd and ld; without features ld; without distributions sl2."""
-    stored, distributions = manifest.codec["store"], manifest.head.reg_max > 1
-    if "features" not in stored:
-        return ("ld",) if distributions else ("bckd",)
-    if not distributions:
-        return ("sl2",)
-    return ("cwd", "ld") if "logits" in stored else ("cwd",)
-
-
 def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> Trained:
     """Train a student from a cache; see `TrainSettings`.
 
@@ -94,6 +86,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     import_user_modules(settings.imports)  # first: a file may add losses to `LOSSES`
     settings, extra = _resumed(settings, extra)
     cache = _open(settings, say)
+    mark_used(cache.path)
     differing = other_versions(cache.manifest.identity)
     if differing and cache.packing is None:  # what is packed was made before; `check_decoder` asks for more than names
         LOG.warning(
@@ -159,7 +152,9 @@ def _open(settings: TrainSettings, say: Callable[[str], None]) -> Cache:
 def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]:
     if settings.losses == (NO_LOSSES,):
         return ()
-    return _balanced(parse_losses(list(settings.losses or default_losses(manifest))), settings.balance)
+    return _balanced(
+        parse_losses(list(settings.losses or default_losses(manifest.codec["store"], manifest.head))), settings.balance
+    )
 
 
 def _balanced(losses: tuple[LossSpec, ...], share: float | None) -> tuple[LossSpec, ...]:

@@ -12,7 +12,7 @@ import torch
 
 from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import MismatchError, SettingError
-from cache_kd.pipeline.identity import teacher_differences
+from cache_kd.pipeline.identity import recodings, teacher_differences
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.packed import check_decoder
 from cache_kd.pipeline.sizes import megabytes
@@ -192,6 +192,7 @@ def _errors(cache: Cache, view: View, index: int, live: SampleTargets) -> dict[s
     row = cache.reader.read(view, index, names)
     batch = cache.codec.decode_one(row)
     found: dict[str, float] = {}
+    times = 1 + len(recodings(cache.manifest.identity))  # each coding errs by a step, those before by finer ones
     if batch.features is not None:
         tensors = {name: torch.from_numpy(np.array(values))[None] for name, values in row.items()}
         head = cache.manifest.head
@@ -200,10 +201,10 @@ def _errors(cache: Cache, view: View, index: int, live: SampleTargets) -> dict[s
         maps = zip((*head.taps, *head.layers), stored, (*live.features, *live.layers), steps, strict=True)
         for tap, read, true, step in maps:
             error = (read[0] - torch.from_numpy(true)).abs()
-            bound = step.to(error) + RELATIVE_SLACK * float(np.abs(true).max())
+            bound = times * step.to(error) + RELATIVE_SLACK * float(np.abs(true).max())
             found[f"features {tap.name}"] = float((error / bound).max())
     if batch.sent is not None:
-        found.update(_logit_errors(cache, batch, live))
+        found.update({name: error / times for name, error in _logit_errors(cache, batch, live).items()})
     return found
 
 

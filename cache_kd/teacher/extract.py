@@ -22,6 +22,11 @@ class TeacherModel(Protocol):
     @property
     def head(self) -> HeadSpec: ...
 
+    @property
+    def forward_seconds(self) -> float:
+        """Seconds spent in forward passes so far, all of them together."""
+        ...
+
     def __call__(self, views: list[ViewSample], *, batch: int) -> list[SampleTargets]: ...
 
 
@@ -103,24 +108,44 @@ def extract_units(
     workers: int,
     environment: dict[str, Any],
     progress: Callable[[int], None],
-) -> float:
-    """Run the teacher over every view of `units`, commit each unit once whole; returns the seconds in the teacher.
+) -> None:
+    """Run the teacher over every view of `units`, commit each unit once whole, with the seconds that it took.
 
     Args:
         progress: Called after each batch with the number of views it held.
     """
     rows: dict[str, list[np.ndarray]] = {}
-    seconds = 0.0
+    watch = Stopwatch(teacher)
     for unit, last, views in view_batches(dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers):
-        started = time.perf_counter()
+        watch.stage("views")
         first = unit.shard * writer.shard_size + len(rows.get(PIXEL_HASH.name, []))
         for row in encode_views(views, teacher, codec, batch=batch, place=places(dataset, unit.view, first)):
             for name, values in row.items():
                 rows.setdefault(name, []).append(values)
-        seconds += time.perf_counter() - started
+        watch.stage("targets")
         writer.sign()
         if last:
-            writer.write_unit(unit.view, unit.shard, rows, environment)
+            writer.write_unit(unit.view, unit.shard, rows, environment, seconds=watch.taken())
             rows = {}
+            watch = Stopwatch(teacher)
         progress(len(views))
-    return seconds
+
+
+class Stopwatch:
+    """Seconds of the stages of a unit: "views" (waiting for them), "targets" (teacher and codec), of it "forward"."""
+
+    def __init__(self, teacher: TeacherModel) -> None:
+        self._teacher, self._before = teacher, teacher.forward_seconds
+        self._seconds = {"views": 0.0, "targets": 0.0}
+        self._last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        """Say that the stage `name` ends now."""
+        now = time.perf_counter()
+        self._seconds[name] += now - self._last
+        self._last = now
+
+    def taken(self) -> dict[str, float]:
+        """Return the seconds so far."""
+        seconds = {**self._seconds, "forward": self._teacher.forward_seconds - self._before}
+        return {name: round(value, 6) for name, value in seconds.items()}

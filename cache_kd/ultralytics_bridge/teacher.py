@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from cache_kd.errors import InputDataError, MissingFileError, SettingError
 from cache_kd.fingerprint import digest_file, digest_tensors
-from cache_kd.losses.vlr import vlr_weights
-from cache_kd.structures import HeadSpec, SampleTargets, ViewSample
+from cache_kd.structures import SampleTargets, ViewSample
 from cache_kd.ultralytics_bridge.gate import announce_trusted, readable, safe_loading
 from cache_kd.ultralytics_bridge.heads import (
     HoldStatistics,
@@ -26,6 +25,7 @@ from cache_kd.ultralytics_bridge.heads import (
     is_fused,
     score_map,
 )
+from cache_kd.ultralytics_bridge.kept_anchors import KeptAnchors
 from cache_kd.ultralytics_bridge.layers import captured, find_layers
 from cache_kd.ultralytics_bridge.structure import digest_structure
 
@@ -110,11 +110,9 @@ class Teacher:
         # channels_last took a fifth off a forward pass on the CPU; convolutions round by it, like by the batch size.
         self.model = checkpoint.model.to(self.device, self.dtype).to(memory_format=torch.channels_last).eval()
         self._statistics = HoldStatistics(detect_head(self.model, "teacher"))
-        self._assigner = TaskAlignedAssigner(
-            num_classes=self.head.num_classes, stride=[tap.stride for tap in self.head.taps]
-        )
-        self._centres = _anchor_centres(self.head, imgsz)
+        self.anchors = KeptAnchors(self.head, imgsz, store)
         self._layers = find_layers(self.model, taps, purpose)
+        self.forward_seconds = 0.0
 
     def __call__(self, views: list[ViewSample], *, batch: int) -> list[SampleTargets]:
         """Return targets in the order of `views`; a short batch is padded to `batch` images by repeating its last.
@@ -126,7 +124,7 @@ class Teacher:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             with captured(self._layers) as layers:
-                outputs = self.model(images)
+                outputs = self._timed_forward(images)
             said = detector_output(outputs)
             mean, m2 = self._statistics.collect(said.features)
             best = score_map(outputs)
@@ -143,31 +141,20 @@ class Teacher:
                 score_map=score_maps[row] if features else None,
                 hold_mean=mean[row].numpy() if keep_logits else None,
                 hold_m2=m2[row].numpy() if keep_logits else None,
-                in_box=self.kept(view.boxes) if keep_logits else None,
+                in_box=self.anchors.kept(view.boxes) if keep_logits else None,
                 layers=tuple(level[row] for level in maps),
             )
             for row, view in enumerate(views)
         ]
 
-    def kept(self, boxes: np.ndarray) -> np.ndarray:
-        """Return (A,) bool: the anchors to keep whatever their score, of `boxes` (n, 4), xyxy in pixels."""
-        inside = self.in_box(boxes)
-        return inside | self.valuable(boxes) if "vlr" in self.store else inside
-
-    def valuable(self, boxes: np.ndarray) -> np.ndarray:
-        """Return (A,) bool: LD's valuable localization region around `boxes` (n, 4), xyxy in pixels."""
-        grids, strides = self.head.grids(self.imgsz), [tap.stride for tap in self.head.taps]
-        weights = vlr_weights([torch.from_numpy(boxes).float()], grids=grids, strides=strides)
-        return (weights[0] > 0).numpy()
-
-    def in_box(self, boxes: np.ndarray) -> np.ndarray:
-        """Return (A,) bool: which anchors the assigner may ever give to one of `boxes` (n, 4), xyxy in pixels."""
-        if not len(boxes):
-            return np.zeros(self.head.num_anchors(self.imgsz), dtype=bool)
-        truth = torch.from_numpy(boxes).unsqueeze(0)
-        mask = torch.ones(1, len(boxes), 1)
-        inside: Tensor = self._assigner.select_candidates_in_gts(self._centres, truth, mask)
-        return inside.any(dim=1).squeeze(0).numpy()
+    def _timed_forward(self, images: Tensor) -> Any:
+        """Return the model's outputs; what a live teacher would cost in a training is counted."""
+        started = time.perf_counter()
+        outputs = self.model(images)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies that follow would wait for it anyway
+        self.forward_seconds += time.perf_counter() - started
+        return outputs
 
     def head_arrays(self) -> dict[str, np.ndarray]:
         """Return the head's weights in float32, by name: what a student needs to run features through this head."""
@@ -181,14 +168,6 @@ class Teacher:
     def head_recipe(self) -> dict[str, Any]:
         """Return what `heads.rebuild_head` needs beside `head_arrays`."""
         return head_recipe(detect_head(self.model, "teacher"))
-
-
-def _anchor_centres(head: HeadSpec, imgsz: int) -> Tensor:
-    """Return (A, 2) anchor centres in pixels of the view."""
-    maps = [torch.empty(1, 1, height, width) for height, width in head.grids(imgsz)]
-    centres, strides = make_anchors(maps, torch.tensor([float(tap.stride) for tap in head.taps]))
-    pixels: Tensor = centres * strides
-    return pixels
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

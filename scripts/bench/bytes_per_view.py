@@ -13,6 +13,7 @@ import click
 import record
 import torch
 
+from cache_kd.cache.units import measure_rows
 from cache_kd.codecs import FIDELITIES
 from cache_kd.pipeline import extraction
 from cache_kd.pipeline.versions import cpu_threads
@@ -48,7 +49,8 @@ def main(pairs: tuple[tuple[Path, Path, int], ...], items: int) -> None:
                     for column, values in row.items():
                         rows.setdefault(column, []).append(values)
                 rows[PIXEL_HASH.name] = [torch.zeros(8, dtype=torch.uint8).numpy()] * items
-                by_array = other.writer.measure(rows)
+                columns = (*other.codec.columns, PIXEL_HASH)
+                by_array = {n: sizes.sum() for n, sizes in measure_rows(rows, columns, len(job.dataset)).items()}
                 size = sum(by_array.values()) / items
                 features = sum(level.nbytes for level in targets[0].features)
                 feature_bytes = (by_array["features"] + by_array.get("feature_tables", 0)) / items

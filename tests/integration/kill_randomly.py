@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from kill_extraction import SHARD, start
+from small_inputs import without_times
 
 from cache_kd.cache import creation, layout, writer
 from cache_kd.pipeline import extraction
@@ -70,7 +71,7 @@ def watch(now: mmap.mmap) -> None:
 
 def content(path: Path) -> dict[str, bytes]:
     """Return every file of a cache."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return {str(file.relative_to(path)): without_times(file) for file in path.rglob("*") if file.is_file()}
 
 
 def different(path: Path, whole: dict[str, bytes]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from small_inputs import build_model, save_model, small_data
+from small_inputs import build_model, save_model, small_data, without_times
 
 from cache_kd.cache import layout
 from cache_kd.cache import repair as cache_repair
@@ -66,7 +66,7 @@ def damaged(whole: Path, tmp_path: Path) -> Path:
 
 def contents(path: Path) -> dict[str, bytes]:
     return {
-        str(file.relative_to(path)): file.read_bytes()
+        str(file.relative_to(path)): without_times(file)
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name not in (".lock", ".writer.json")
     }

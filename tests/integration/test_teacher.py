@@ -275,7 +275,7 @@ def test_in_box_is_the_union_of_the_assigners_candidates(case: Case, monkeypatch
     teacher = Teacher(case.checkpoint, imgsz=IMGSZ, device="cpu", precision="fp32", store=STORE)
     for row, view in enumerate(case.views):
         expected = candidates[row, : len(view.boxes)].bool().any(0).numpy()
-        found = teacher.in_box(view.boxes)
+        found = teacher.anchors.in_box(view.boxes)
         assert np.array_equal(found, expected)
         assert len(view.boxes) == 0 or 0 < found.sum() < len(found)
     assert any(len(view.boxes) for view in case.views)
@@ -283,7 +283,7 @@ def test_in_box_is_the_union_of_the_assigners_candidates(case: Case, monkeypatch
 
 def test_no_box_has_no_candidates(case: Case) -> None:
     teacher = Teacher(case.checkpoint, imgsz=IMGSZ, device="cpu", precision="fp32", store=STORE)
-    assert not teacher.in_box(np.zeros((0, 4), dtype=np.float32)).any()
+    assert not teacher.anchors.in_box(np.zeros((0, 4), dtype=np.float32)).any()
 
 
 # -- how it runs ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""In: a complete cache. Out: what it took to make and what reading it takes, as `cache-kd estimate` foresees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from cache_kd.cache.listing import read_record, unit_numbers
+from cache_kd.errors import DamagedCacheError
+from cache_kd.pipeline.default_losses import arrays_read, default_losses
+from cache_kd.pipeline.forecast import RATE, break_even
+from cache_kd.pipeline.opened import Cache
+
+
+def costs(cache: Cache, bytes_by_column: Mapping[str, int]) -> dict[str, Any]:
+    """Return the figures that the units recorded; None for those that they do not tell.
+
+    Keys: `seconds` by stage and in all, as far as the units tell, of `items_timed` items; `items_per_second`;
+    `read_bytes` of a view and `read_bytes_per_second` at `images_per_second`; `break_even` in epochs.
+    """
+    manifest = cache.manifest
+    items = manifest.num_images * len(manifest.views)
+    seconds, timed = recorded_seconds(cache)
+    total = sum(value for stage, value in seconds.items() if stage != "forward")
+    read = sum(bytes_by_column.get(name, 0) for name in arrays_read(cache.codec, cache.packing)) / items
+    forward = seconds.get("forward", 0.0)
+    return {
+        "seconds": {**seconds, "total": total} if timed else None,
+        "items_timed": timed,
+        "items_per_second": timed / total if total else None,
+        "losses": list(default_losses(cache.codec.store, manifest.head)),
+        "read_bytes": read,
+        "images_per_second": RATE,
+        "read_bytes_per_second": read * RATE,
+        "break_even": break_even(total / timed * items, manifest.num_images, forward / timed) if timed else None,
+    }
+
+
+def recorded_seconds(cache: Cache) -> tuple[dict[str, float], int]:
+    """Return the seconds of all units by stage, and how many items they are of: those whose record is whole."""
+    manifest, root = cache.manifest, os.path.realpath(cache.path)
+    seconds: dict[str, float] = {}
+    timed = 0
+    for view in manifest.views:
+        for shard in unit_numbers(manifest):
+            try:
+                record = read_record(root, cache.reader.layouts, view, shard)
+            except DamagedCacheError:
+                continue
+            for stage, value in record.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + value
+            first = shard * manifest.shard_size
+            timed += min(manifest.shard_size, manifest.num_images - first) if record.seconds else 0
+    return seconds, timed
+
+
+def lines(found: Mapping[str, Any], images: int) -> list[str]:
+    """Return the figures as lines for people."""
+    read = f"{found['read_bytes'] / 1e3:.1f} kB a view for {', '.join(found['losses'])}"
+    rate = f"{found['read_bytes_per_second'] / 1e6:.1f} MB/s at {found['images_per_second']:.0f} images/s"
+    if found["seconds"] is None:
+        return [f"  reading   {read}, {rate}", "  took      not recorded"]
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found["seconds"].items() if stage != "total")
+    even = found["break_even"]
+    gain = "" if even is None else f"; break-even after {even:.1f} student-epochs of {images} images"
+    return [
+        f"  reading   {read}, {rate}",
+        f"  took      {found['seconds']['total']:.1f} s ({stages}), {found['items_per_second']:.1f} views/s{gain}",
+    ]
