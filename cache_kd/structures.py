@@ -148,6 +148,7 @@ class Column:
         ragged: rows are u8 of varying length up to `shape[0]`, zero-padded, with a length column beside them.
         whole: one chunk holds a whole shard (tiny columns); otherwise a chunk is one sample.
         typesize: bytes of an element as the compressor's byte shuffle sees it; 0 takes the dtype's.
+        compressor: "zstd", or "lz4" for rows that are compressed already: it passes over them and their padding faster.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Column:
     ragged: bool = False
     whole: bool = False
     typesize: int = 0
+    compressor: str = "zstd"
 
     @property
     def row_bytes(self) -> int:

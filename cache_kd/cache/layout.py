@@ -23,6 +23,7 @@ MAX_CHUNK_BYTES = 2**30  # blosc ends at 2 GiB; no honest row comes near
 INDEX_ENTRY = 16
 CHECKSUM = 4
 DTYPES = {"u1": "uint8", "i1": "int8", "u2": "uint16", "i4": "int32", "u4": "uint32", "f2": "float16", "f4": "float32"}
+COMPRESSORS = ("zstd", "lz4")
 CODECS = ("blosc", "bytes", "crc32c", "sharding_indexed")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -68,6 +69,10 @@ def column_faults(columns: Iterable[Column]) -> list[str]:
             faults.append(f"{where}: a row of shape {column.shape} is over {MAX_CHUNK_BYTES} bytes")
         if column.ragged and (column.dtype != "u1" or len(column.shape) != 1):
             faults.append(f"{where}: ragged columns have dtype u1 and one axis")
+        if column.compressor not in COMPRESSORS:
+            faults.append(
+                f"{where}: compressor {brief(repr(column.compressor), 20)}; allowed: {', '.join(COMPRESSORS)}"
+            )
         if not 0 <= column.typesize <= 255:
             faults.append(f"{where}: typesize {column.typesize}; allowed: 0 to 255")
     return faults
@@ -141,7 +146,8 @@ class ArrayLayout:
     def metadata(self) -> dict[str, Any]:
         """Return what `zarr.json` of this array holds."""
         shuffle = "shuffle" if self.typesize > 1 else "noshuffle"
-        blosc = {"typesize": self.typesize, "cname": "zstd", "clevel": 1, "shuffle": shuffle, "blocksize": 0}
+        name = self.column.compressor
+        blosc = {"typesize": self.typesize, "cname": name, "clevel": 1, "shuffle": shuffle, "blocksize": 0}
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
             "chunk_shape": list(self.chunk_shape),

@@ -107,7 +107,15 @@ def columns_to_json(columns: Iterable[Column]) -> list[dict[str, Any]]:
 
 def columns_from_json(data: Any) -> tuple[Column, ...]:
     """Return the columns in `data`; raises `ValueError` saying what is wrong."""
-    kinds = {"name": str, "dtype": str, "shape": list, "ragged": bool, "whole": bool, "typesize": int}
+    kinds = {
+        "name": str,
+        "dtype": str,
+        "shape": list,
+        "ragged": bool,
+        "whole": bool,
+        "typesize": int,
+        "compressor": str,
+    }
     columns: list[Column] = []
     for item in data if isinstance(data, list) else ["not a list"]:
         if not isinstance(item, dict) or set(item) != set(kinds):

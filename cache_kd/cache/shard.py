@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -120,8 +120,11 @@ def check_frame(data: bytes | memoryview, layout: ArrayLayout) -> None:
         raise DamagedCacheError(f"a chunk declares {inflated} bytes in {stored}, expected {layout.chunk_bytes}")
 
 
-def _chunks(rows: Sequence[np.ndarray], layout: ArrayLayout) -> list[np.ndarray[Any, Any]]:
-    """Return the array of each chunk, padded where rows are ragged or a whole chunk is not full."""
+def _chunks(rows: Sequence[np.ndarray], layout: ArrayLayout) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield the array of each chunk, padded where rows are ragged or a whole chunk is not full.
+
+    One after the other: padded pixels of a shard would take over a hundred megabytes.
+    """
     if layout.column.whole:
         block = np.full(layout.chunk_shape, layout.fill, layout.dtype)
         for position, row in enumerate(rows):
@@ -129,14 +132,18 @@ def _chunks(rows: Sequence[np.ndarray], layout: ArrayLayout) -> list[np.ndarray[
                 block[position, : len(row)] = row
             else:
                 block[position] = row
-        return [block]
-    if not layout.column.ragged:
-        return [np.ascontiguousarray(row, layout.dtype) for row in rows]
-    return [np.concatenate([row, np.zeros(layout.chunk_bytes - len(row), np.uint8)]) for row in rows]
+        yield block
+        return
+    for row in rows:
+        if layout.column.ragged:
+            yield np.concatenate([row, np.zeros(layout.chunk_bytes - len(row), np.uint8)])
+        else:
+            yield np.ascontiguousarray(row, layout.dtype)
 
 
 def _encode_chunk(chunk: np.ndarray, layout: ArrayLayout) -> bytes:
     shuffle = blosc.SHUFFLE if layout.typesize > 1 else blosc.NOSHUFFLE
     # Several threads would lay compressed blocks in the order they finish in: other bytes every time.
     blosc.use_threads = False
-    return with_checksum(blosc.compress(chunk.reshape(-1).view(np.uint8), b"zstd", 1, shuffle, 0, layout.typesize))
+    name = layout.column.compressor.encode()
+    return with_checksum(blosc.compress(chunk.reshape(-1).view(np.uint8), name, 1, shuffle, 0, layout.typesize))

@@ -85,7 +85,7 @@ class PixelCodec(ABC):
 
     def columns(self, imgsz: int) -> tuple[Column, ...]:
         """Return the columns of a packed view."""
-        pixels = Column(PIXELS, "u1", (self.capacity(imgsz),), ragged=True)
+        pixels = Column(PIXELS, "u1", (self.capacity(imgsz),), ragged=True, compressor="lz4")
         return (pixels, Column(LABELS, "u1", (MAX_BOXES * _BOX.itemsize,), ragged=True))
 
 

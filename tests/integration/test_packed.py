@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on(jpeg_run: Run, moved: tuple[Path, Path], tmp
     with pytest.raises(Interrupt, match=ENDED):
         train_student(cache, tmp_path, "cwd", "ld", data=data, before_batch=interrupt_at(1, 1))
     run = resume(next(tmp_path.glob("*")), data=data)
-    assert differing(run.student, jpeg_run.student) == []
+    assert run.shown == jpeg_run.shown[3:]
 
 
 def test_png_training_equals_replay(png_cache: Path, few_cache: Path, tmp_path: Path) -> None:

@@ -16,18 +16,21 @@ from hypothesis.extra import numpy as hnp
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cache_kd.cache import CacheReader, layout, verify_cache
-from cache_kd.cache.layout import DTYPES, ArrayLayout, stored_columns
+from cache_kd.cache.layout import COMPRESSORS, DTYPES, ArrayLayout, stored_columns
 from cache_kd.cache.shard import decode_chunk, encode_shard, parse_index
 from cache_kd.structures import Column
 
 
 @st.composite
 def columns(draw: st.DrawFn) -> Column:
+    name = draw(st.sampled_from(COMPRESSORS))
     if draw(st.booleans()):
-        return Column("rows", "u1", (draw(st.integers(1, 20)),), ragged=True, whole=draw(st.booleans()))
+        size = draw(st.integers(1, 20))
+        return Column("rows", "u1", (size,), ragged=True, whole=draw(st.booleans()), compressor=name)
     shape = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
     dtype = draw(st.sampled_from(sorted(DTYPES)))
-    return Column("rows", dtype, shape, whole=draw(st.booleans()), typesize=draw(st.sampled_from([0, 1, 2, 4])))
+    size = draw(st.sampled_from([0, 1, 2, 4]))
+    return Column("rows", dtype, shape, whole=draw(st.booleans()), typesize=size, compressor=name)
 
 
 @st.composite
@@ -163,7 +166,10 @@ def _zarr_array(folder: Path, ours: ArrayLayout) -> zarr.Array:
         chunks=ours.chunk_shape,
         shards=(ours.samples, *ours.column.shape),
         fill_value=ours.fill,
-        compressors=[BloscCodec(typesize=ours.typesize, cname="zstd", clevel=1, shuffle=shuffle), Crc32cCodec()],
+        compressors=[
+            BloscCodec(typesize=ours.typesize, cname=ours.column.compressor, clevel=1, shuffle=shuffle),
+            Crc32cCodec(),
+        ],
         zarr_format=3,
         config={"write_empty_chunks": True},
     )
