@@ -3,7 +3,7 @@
 Every arm is a trainer of its own with the same settings; each round takes one whole step (loading, forward, backward,
 optimizer) of every arm, in an order that rotates. Arms: `plain`, Ultralytics' stock trainer and loader; `online`, the
 stock `distill_model=`; `cached …`, this project; `cached, no losses`, the same with targets read, moved and dequantised
-but no loss computed.
+but no loss computed; `cached packed …`, from a cache that keeps its views as JPEG, a decoded image an item.
 
 python scripts/bench/train_step.py --teacher best.pt --data bccd.yaml
 """
@@ -11,6 +11,7 @@ python scripts/bench/train_step.py --teacher best.pt --data bccd.yaml
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from ultralytics.utils import DEFAULT_CFG
 
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.extraction import ExtractSettings, extract
+from cache_kd.pipeline.inspection import describe
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.training import TrainSettings, distill_plan
 from cache_kd.ultralytics_bridge.student import TARGETS
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
 
+PACK = "jpeg:95"
 ARMS = {"cached sl2": ["sl2"], "cached ld+bckd": ["ld", "bckd"], "cached cwd+ld": ["cwd", "ld"]}
 
 
@@ -64,6 +67,11 @@ def main(
         made = extract(
             ExtractSettings(teacher, data, Path(folder) / "cache", views=2, plain_views=0, fidelity=fidelity)
         )
+        packed = extract(
+            ExtractSettings(
+                teacher, data, Path(folder) / "packed", views=2, plain_views=0, fidelity=fidelity, pack=PACK
+            )
+        )
         cache = Cache(made.path, data=data)
         manifest = cache.manifest
         settings: dict[str, Any] = {
@@ -79,6 +87,11 @@ def main(
         plain = TrainSettings(student, cache=made.path, data=data)
         for arm, specs in ARMS.items():
             trainers[arm] = DistillTrainer(distill_plan(cache, parse_losses(specs), plain), {**settings, "name": arm})
+        with_views = Cache(packed.path, data=data)
+        trainers["cached packed ld+bckd"] = DistillTrainer(
+            distill_plan(with_views, parse_losses(["ld", "bckd"]), replace(plain, cache=packed.path)),
+            {**settings, "name": "packed"},
+        )
         every = distill_plan(cache, parse_losses(["sl2", "ld"]), plain)
         trainers["cached, no losses"] = ReadOnlyTrainer(every, {**settings, "name": "read"})
         seconds = in_turn(trainers, warmup=warmup, rounds=rounds)
@@ -90,17 +103,24 @@ def main(
         file = record.write(
             name,
             {"teacher": teacher.name, "data": data.name, "student": student, "imgsz": manifest.imgsz, "batch": batch,
-             "fidelity": fidelity, "rounds": rounds, "cache_mode": cache_mode, "workers": 0},
+             "fidelity": fidelity, "rounds": rounds, "cache_mode": cache_mode, "workers": 0, "pack": PACK,
+             "pixel_bytes_per_view": _pixel_bytes(packed.path)},
             figures,
         )  # fmt: skip
     for arm in names:
         took, ratio = figures[arm]["seconds"], figures[arm]["over_plain"]
         click.echo(
-            f"{arm:18} {took['median']:.3f} s [{took['min']:.3f}, {took['max']:.3f}]  "
+            f"{arm:21} {took['median']:.3f} s [{took['min']:.3f}, {took['max']:.3f}]  "
             f"{ratio['median']:.3f} of plain [{ratio['min']:.3f}, {ratio['max']:.3f}]  "
             f"medians' ratio {took['median'] / figures['plain']['seconds']['median']:.3f}"
         )
     click.echo(str(file))
+
+
+def _pixel_bytes(path: Path) -> float:
+    """Return the bytes on disk of a packed view's pixels."""
+    facts = describe(path)
+    return facts["bytes_by_column"]["pixels"] / (facts["images"] * len(facts["views"]))
 
 
 def _recipe(cache: Cache) -> Any:
