@@ -109,6 +109,7 @@ def estimate(settings: ExtractSettings, *, say: Callable[[str], None]) -> Estima
     plan = make_plan(settings, say)
     fixed, reasons = plan.fixed_bytes(), tuple[str, ...]()
     asked = settings.fidelity or DEFAULT_FIDELITY
+    plan.path(plan.codec(asked))  # an unknown fidelity, a folder inside the data set: before anything takes time
     names = budget_fidelities(settings) if settings.budget is not None else ()
     codecs = {name: plan.codec(name) for name in FIDELITIES if name in {*names, *_neighbours(asked)}}
     probed = plan.probe(codecs, settings.view_list, items=ITEMS, most=MOST_ITEMS)
