@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from small_inputs import without_times
+
 LOG = logging.getLogger(__name__)
 COMMAND = [sys.executable, "-m", "cache_kd"]
 
@@ -57,8 +59,8 @@ def state(path: Path) -> str:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """Return every file below `path`."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """Return every file of a cache, its units' records without the seconds that they took."""
+    return {str(file.relative_to(path)): without_times(file) for file in path.rglob("*") if file.is_file()}
 
 
 def differing_files(first: dict[str, bytes], second: dict[str, bytes]) -> list[str]:
