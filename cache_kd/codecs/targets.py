@@ -176,12 +176,13 @@ class ViewCodec:
         row: dict[str, np.ndarray] = {}
         if "features" in wanted:
             row.update(self.fidelity.features.encode(sample.features, self.levels))
-            for layer, values in zip(self.layers, sample.layers, strict=True):
-                encoded = self.fidelity.features.encode((values,), (layer,))
-                row.update({layer_column(layer.name, name): column for name, column in encoded.items()})
         if "score_map" in wanted:
             score_map = _present(sample.score_map, "score_map", (shape.anchors,))
             row["score_map"] = self.fidelity.score_map.encode(score_map)
+        for layer, values in zip(self.layers, sample.layers, strict=True):
+            if layer_column(layer.name, "features") in wanted:
+                encoded = self.fidelity.features.encode((values,), (layer,))
+                row.update({layer_column(layer.name, name): column for name, column in encoded.items()})
         if any(column.name in wanted for column in self.fidelity.logits.columns(shape)):
             scores = _present(sample.scores, "scores", (shape.anchors, shape.classes))
             boxes = _present(sample.boxes, "boxes", (shape.anchors, shape.box_width))

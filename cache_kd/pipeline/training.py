@@ -86,7 +86,6 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     import_user_modules(settings.imports)  # first: a file may add losses to `LOSSES`
     settings, extra = _resumed(settings, extra)
     cache = _open(settings, say)
-    mark_used(cache.path)
     differing = other_versions(cache.manifest.identity)
     if differing and cache.packing is None:  # what is packed was made before; `check_decoder` asks for more than names
         LOG.warning(
@@ -126,6 +125,8 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         trainer = DistillTrainer(distill_plan(cache, losses, settings), overrides)
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        # Not before: a run that is refused leaves nothing behind.
+        trainer.add_callback("on_train_start", lambda _: mark_used(cache.path))
         try:
             trainer.train()
         except KeyboardInterrupt as interrupt:

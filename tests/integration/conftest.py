@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from small_inputs import TAPS, small_data
 
+from cache_kd.cache.last_use import LAST_USE
+
 if TYPE_CHECKING:
     from cache_kd.ultralytics_bridge.teacher import Checkpoint
 
@@ -90,5 +92,5 @@ def own_data(few_images: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own_cache(few_cache: Path, tmp_path: Path) -> Path:
-    """A copy of `few_cache` that a test may change."""
-    return Path(shutil.copytree(few_cache, tmp_path / "copied" / "cache"))
+    """A copy of `few_cache` that a test may change, as if it had never been used."""
+    return Path(shutil.copytree(few_cache, tmp_path / "copied" / "cache", ignore=shutil.ignore_patterns(LAST_USE)))

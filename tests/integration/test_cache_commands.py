@@ -39,7 +39,7 @@ def place(few_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A default place with a complete cache, an unfinished one, a damaged one and a folder of something else."""
     folder = tmp_path / "kd_cache"
     for name in ("whole", "begun", "damaged"):
-        shutil.copytree(few_cache, folder / name)
+        shutil.copytree(few_cache, folder / name, ignore=shutil.ignore_patterns(LAST_USE))
     (folder / "begun" / "manifest.json").unlink()
     (folder / "damaged" / "manifest.json").write_text("{")
     (folder / "photos").mkdir()
