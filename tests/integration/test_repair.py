@@ -149,15 +149,17 @@ def test_what_is_damaged_becomes_what_it_was(
     assert differing(damaged, whole) == []
 
 
-def test_without_records_units_are_made_as_the_last_ones_were(
-    damaged: Path, whole: Path, teacher: Path, data_file: Path
-) -> None:
-    """The batch size of a unit stands in its record alone; the targets are the same, the new record says the truth."""
-    shutil.rmtree(damaged / "units")
-    assert repair(damaged, teacher=teacher, data=data_file, say=print).ok
-    assert differing(damaged, whole) == [f"units/mixed-0000-0000{number}.json" for number in range(3)]
-    assert json.loads((damaged / "units/mixed-0000-00000.json").read_text())["environment"]["batch"] == 3
-    assert json.loads((whole / "units/mixed-0000-00000.json").read_text())["environment"]["batch"] == 2
+def test_without_records_units_are_made_as_the_manifest_says(teacher: Path, data_file: Path, tmp_path: Path) -> None:
+    """The batch size of a unit stands in its record; where all are lost, the manifest knows that of the last ones."""
+    made = ExtractSettings(
+        teacher, data_file, tmp_path / "one", views=1, plain_views=0, imgsz=64, batch=3, device="cpu", workers=0
+    )
+    extract(made)
+    lost = Path(shutil.copytree(made.cache or "", tmp_path / "lost"))
+    shutil.rmtree(lost / "units")
+    assert repair(lost, teacher=teacher, data=data_file, say=print).ok
+    assert differing(lost, tmp_path / "one") == []
+    assert json.loads((lost / "units/mixed-0000-00000.json").read_text())["environment"]["batch"] == 3
 
 
 def test_a_sound_cache_has_nothing_to_repair(whole: Path, tmp_path: Path) -> None:
