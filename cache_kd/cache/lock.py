@@ -19,6 +19,7 @@ LOCK = ".lock"
 HOLDER = ".writer.json"
 STALE_SECONDS = 600.0
 _SIGN_SECONDS = 15.0
+_RECORD_SECONDS = 1.0
 _MAX_BYTES = 4096
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -71,7 +72,7 @@ def lock_cache(path: Path) -> WriterLock:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise _refusal(path, _read(path), "") from error
+            raise _refusal(path, _holder(path), "") from error
     try:
         return WriterLock(path, lock, _record(path))
     except BaseException:
@@ -94,6 +95,14 @@ def _record(path: Path) -> bytes:
             raise _refusal(path, found, rest)
     write_atomic(file, content)
     return content
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Return the record of who holds the lock; it is written right after the lock is taken, so worth a moment."""
+    ends = time.monotonic() + _RECORD_SECONDS
+    while not (found := _read(path)) and time.monotonic() < ends:
+        time.sleep(0.02)
+    return found
 
 
 def _refusal(path: Path, holder: dict[str, Any], rest: str) -> CacheKDError:
