@@ -128,7 +128,7 @@ def main(
         trainer.train()
         found = weights_by_stage(trainer.ratios, ratio)
         settings = {
-            "teacher": teacher.name, "data": data.name, "student": student, "imgsz": imgsz, "epochs": epochs,
+            "teacher": teacher.name, "data": data.name, "student": Path(student).name, "imgsz": imgsz, "epochs": epochs,
             "batch": batch, "every": every, "ratio": ratio, "measured": len(trainer.ratios),
         }  # fmt: skip
         file = record.write(f"loss-weights-{name}", settings, found)

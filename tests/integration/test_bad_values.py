@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_bad_input
+import refusals
 import torch
+from refusals import SMALL, Refused, run
 from small_inputs import build_model, save_model
 from student_runs import train_student
-from test_bad_input import SMALL, Refused, run
 from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.errors import AlarmError
@@ -21,7 +21,7 @@ from cache_kd.losses import LOSSES
 from cache_kd.ultralytics_bridge.teacher import Teacher
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 
-work, refused = test_bad_input.work, test_bad_input.refused
+work, refused = refusals.work, refusals.refused
 QUICK = ["epochs=2", "batch=4", "nbs=4", "val=False", "plots=False", "device=cpu"]
 FILE = """
 from cache_kd.losses import LOSSES

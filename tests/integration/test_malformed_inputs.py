@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_bad_input
+import refusals
 import torch
 import yaml
+from refusals import QUICK, SMALL, Refused
 from small_inputs import build_model, save_model, small_data
-from test_bad_input import QUICK, SMALL, Refused
 
 from cache_kd.cache.manifest import NAME as MANIFEST
 from cache_kd.cache.manifest import ROOT
 
-work, refused = test_bad_input.work, test_bad_input.refused
+work, refused = refusals.work, refusals.refused
 BASE = {"train": "images/train", "val": "images/val", "names": ["RBC", "WBC", "Platelets"]}
 PROMISED = 60
 
@@ -307,11 +307,11 @@ def test_a_malformed_cache(refused: Refused, few_cache: Path, work: Path, comman
 def test_verify_of_a_malformed_cache_finds_its_fault(few_cache: Path, work: Path, fault: str) -> None:
     cache = Path(shutil.copytree(few_cache, work / "cache"))
     CACHES[fault](cache)
-    before = test_bad_input.everything_below(work)
-    done = test_bad_input.run("verify", "cache")
+    before = refusals.everything_below(work)
+    done = refusals.run("verify", "cache")
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
     assert "Traceback" not in done.output and "cache" in done.output
-    assert test_bad_input.everything_below(work) == before
+    assert refusals.everything_below(work) == before
 
 
 VERIFY = [("--sample", "-1"), ("--sample", "0"), ("--teacher", "gone.pt"), ("--teacher", "."), ("--data", "gone.yaml")]
@@ -380,11 +380,11 @@ def test_there_are_more_than_sixty() -> None:
 )
 def test_the_real_command_says_the_same(work: Path, words: list[str]) -> None:
     (work / "bytes.pt").write_bytes(bytes(range(256)))
-    before = test_bad_input.everything_below(work)
+    before = refusals.everything_below(work)
     done = subprocess.run(
         [sys.executable, "-m", "cache_kd", *words], cwd=work, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
     assert line.startswith("cache-kd: ")
-    assert test_bad_input.everything_below(work) == before
+    assert refusals.everything_below(work) == before

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from codec_cases import (
+    BOTH,
+    HEADS,
+    IMGSZ,
+    MAPS,
+    STEPS,
+    TAPS,
+    THRESHOLDS,
+    any_map,
+    coded_presets,
+    heads,
+    make_sample,
+    presets,
+    rows_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,78 +31,6 @@ from cache_kd.codecs.features import ChannelFeatures
 from cache_kd.codecs.logits import SparseLogits
 from cache_kd.errors import AlarmError, DamagedCacheError, MismatchError, SettingError
 from cache_kd.structures import HeadSpec, SampleTargets, Tap, TargetBatch
-
-IMGSZ = 64
-TAPS = (Tap("P3", 8, 8), Tap("P4", 16, 16), Tap("P5", 12, 32))
-HEADS = {
-    "dfl-80": HeadSpec(TAPS, 16, tuple(f"class {number}" for number in range(80)), hold=(8, 8, 8)),
-    "dfl-1": HeadSpec(TAPS, 16, ("cell",), hold=(2, 2, 2)),
-    "end2end-3": HeadSpec(TAPS, 1, ("a", "b", "c"), end2end=True, layers=(Tap("C4", 10, 16), Tap("6.cv1", 5, 8))),
-}
-BOTH = ("features", "logits")
-MAPS = ("silu", "outlier", "constant", "zero", "offset", "two values", "subnormal")
-THRESHOLDS = {"safe": 0.003, "default": 0.01, "small": 0.01, "tiny": 0.05}
-STEPS = {"default": 0.15, "small": 0.3, "tiny": 0.8}
-
-presets = pytest.mark.parametrize("preset", FIDELITIES)
-coded_presets = pytest.mark.parametrize("preset", [name for name in FIDELITIES if name != "exact"])
-heads = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-
-
-def silu_map(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return a map like those of a trained network: most values near -0.278, rare peaks of twenty deviations."""
-    raw = rng.standard_normal(shape) * 1.1 - 1.2 + rng.standard_exponential(shape) * (rng.random(shape) < 0.1)
-    return (raw / (1 + np.exp(-raw))).astype(np.float32)
-
-
-def any_map(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    values = silu_map(shape, rng)
-    if kind == "outlier":
-        values.reshape(-1)[rng.integers(values.size)] = 500
-    elif kind in ("constant", "zero"):
-        values[:] = rng.normal() if kind == "constant" else 0
-    elif kind == "offset":
-        values = 1000 + values * np.float32(10 ** -rng.uniform(1, 5))
-    elif kind == "two values":
-        values = rng.choice(np.float32([-0.278, 3]), shape)
-    elif kind == "subnormal":
-        values *= np.float32(1e-41)
-    return values
-
-
-def make_sample(head: HeadSpec, seed: int, kind: str = "silu", *, boxes_in_image: bool = True) -> SampleTargets:
-    rng = np.random.default_rng(seed)
-    anchors = head.num_anchors(IMGSZ)
-    confident = rng.random((anchors, 1)) < 0.2
-    scores = (rng.normal(-13, 2, (anchors, head.num_classes)) + 10 * confident).astype(np.float32)
-    boxes = rng.normal(0, 6, (anchors, 4 * head.reg_max)).astype(np.float32)
-    hold = rng.normal(0, 1, (2, head.hold_channels)).astype(np.float32)
-    layers = [(tap.channels, IMGSZ // tap.stride, IMGSZ // tap.stride) for tap in head.layers]
-    return SampleTargets(
-        features=tuple(any_map(kind, shape, rng) for shape in head.feature_shapes(IMGSZ)),
-        layers=tuple(any_map(kind, shape, rng) for shape in layers),
-        scores=scores,
-        boxes=boxes,
-        score_map=(1 / (1 + np.exp(-scores.max(axis=1).astype(np.float64)))).astype(np.float32),
-        hold_mean=hold[0],
-        hold_m2=hold[1] ** 2,
-        in_box=rng.random(anchors) < (0.1 if boxes_in_image else 0),
-    )
-
-
-def rows_of(codec: ViewCodec, samples: Sequence[SampleTargets]) -> dict[str, torch.Tensor]:
-    """Return a batch of columns as a reader hands it over; ragged rows are padded with bytes that mean nothing."""
-    rows = [codec.encode(sample) for sample in samples]
-    batch = {}
-    for column in codec.columns:
-        values = [row[column.name] for row in rows]
-        if column.ragged:
-            longest = max(map(len, values)) + 1
-            padded = [np.pad(value, (0, longest - len(value)), constant_values=255) for value in values]
-            batch[f"{column.name}_length"] = torch.tensor([len(value) for value in values])
-            values = padded
-        batch[column.name] = torch.from_numpy(np.stack(values))
-    return batch
 
 
 def stored_and_read(preset: str, kind: str) -> list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
@@ -437,60 +379,6 @@ def test_unknown_presets_and_stores_name_the_nearest() -> None:
         ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ("feature",))
     with pytest.raises(SettingError, match=r"--store is empty; known: features, logits, vlr"):
         ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ())
-
-
-def test_columns_for_names_what_to_read() -> None:
-    codec = ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, BOTH)
-    assert codec.columns_for(["features"]) == ("features", "feature_tables")
-    assert codec.columns_for({"logits", "score_map"}) == ("score_map", "logits")
-    assert codec.columns_for(["hold_stats"]) == ("hold_stats",)
-    assert ViewCodec.create("exact", HEADS["dfl-1"], IMGSZ, BOTH).columns_for(["logits"]) == ("scores", "boxes")
-
-
-def test_each_layer_is_read_by_itself() -> None:
-    codec = ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH)
-    assert codec.columns_for(["map:C4"]) == ("C4.features", "C4.feature_tables")
-    assert codec.columns_for(["map:P4", "map:6.cv1"])[::2] == ("features", "6.cv1.features")
-    rows = rows_of(codec, [make_sample(HEADS["end2end-3"], 0)])
-    read = codec.decode({name: rows[name] for name in codec.columns_for(["map:6.cv1"])})
-    assert read.features is None and list(read.layers) == ["6.cv1"]
-    assert read.layers["6.cv1"].shape == (1, 5, 8, 8)
-
-
-def test_the_valuable_region_adds_no_columns() -> None:
-    codec = ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ("vlr", "logits"))
-    assert codec.columns == ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, ("logits",)).columns
-    assert codec.columns_for(["vlr"]) == ("logits",)
-    assert ViewCodec.create("exact", HEADS["dfl-1"], IMGSZ, ("logits",)).columns_for(["vlr"]) == ("scores", "boxes")
-
-
-def test_columns_for_says_what_the_cache_lacks() -> None:
-    only = {store: ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, (store,)) for store in BOTH}
-    both = r"a cache that has both old and new: cache-kd extract \.\.\. --store features,logits$"
-    with pytest.raises(MismatchError, match=rf"reads them needs logits, and .* with --store features; {both}"):
-        only["features"].columns_for(["features", "logits"])
-    with pytest.raises(MismatchError, match=rf"needs features, and .* with --store logits; {both}"):
-        only["logits"].columns_for(["score_map"])
-    with pytest.raises(MismatchError, match=r"with --store logits; .*new: X --t best.pt --store features,logits,vlr$"):
-        only["logits"].columns_for(["features", "vlr"], command="X --t best.pt")
-    with pytest.raises(MismatchError, match=r"needs features and the layer C4, .*--store features,logits --taps C4$"):
-        only["logits"].columns_for(["map:C4", "map:P3"])
-    tapped = ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH)
-    with pytest.raises(MismatchError, match=r"needs the layer 9, and .* with --store features,logits --taps C4,6.cv1;"):
-        tapped.columns_for(["map:C4", "map:9"])
-    with pytest.raises(MismatchError, match=r"needs hold_stats and the teacher's head has no hold features"):
-        ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH).columns_for(["hold_stats"])
-    with pytest.raises(MismatchError, match=r"no target is called 'logit'; known: .*did you mean 'logits'"):
-        only["logits"].columns_for(["logit"])
-
-
-@pytest.mark.parametrize(
-    ("head", "store", "message"),
-    [("dfl-1", ("features", "vlr"), r"--store logits,vlr"), ("end2end-3", ("logits",), r"--taps keeps maps; give it")],
-)
-def test_stores_that_cannot_stand_alone_are_refused(head: str, store: tuple[str, ...], message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        ViewCodec.create("default", HEADS[head], IMGSZ, store)
 
 
 @presets
