@@ -35,7 +35,8 @@ def environment(*, device: str, batch: int, precision: str) -> dict[str, Any]:
         "accelerator": accelerator,
         "batch": batch,
         "precision": precision,
-        "threads": torch.get_num_threads(),
+        # Those that extractions use, whatever a training left this process with.
+        "threads": cpu_threads(),
         "versions": package_versions((*PIXEL_PACKAGES, *OTHER_PACKAGES)),
         "python": platform.python_version(),
     }
