@@ -14,8 +14,8 @@ import pytest
 import test_bad_input
 import yaml
 from PIL import Image
+from refusals import everything_below, run
 from small_inputs import build_model, save_model, small_data
-from test_bad_input import everything_below, run
 
 work = test_bad_input.work
 SMALL = ["--imgsz", "64", "--batch", "64", "--device", "cpu", "--cache", "cache"]
