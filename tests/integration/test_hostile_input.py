@@ -16,16 +16,16 @@ from typing import Any
 
 import hostile_files
 import pytest
+import refusals
 import torch
 import yaml
-from click.testing import CliRunner, Result
 from hostile_files import Canary, data_yaml, label_cache, model_yaml
+from refusals import run
 from student_runs import train_student
 from ultralytics.data.utils import load_dataset_cache_file
 from ultralytics.nn import tasks
 from ultralytics.nn.tasks import DetectionModel
 
-from cache_kd.cli import main
 from cache_kd.errors import CacheKDError
 
 SMALL = ["--imgsz", "64", "--batch", "4", "--views", "1", "--plain-views", "0", "--device", "cpu"]
@@ -39,18 +39,7 @@ def own(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("cache_kd")]
 
 
-def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of each test, empty."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("CACHE_KD_CACHE", raising=False)
-    return folder
+work = refusals.work
 
 
 @pytest.fixture
