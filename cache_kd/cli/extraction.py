@@ -1,0 +1,162 @@
+"""In: options of commands that make caches. Out: `extract`, `estimate` and `recode`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cache_kd.cli.group import main
+from cache_kd.cli.output import PATH, Progress, quiet
+
+EXTRACT_OPTIONS = (
+    click.option("--teacher", required=True, type=PATH, help="Ultralytics detection checkpoint."),
+    click.option("--data", type=PATH, help="Data file; default: the one that the checkpoint recorded."),
+    click.option("--cache", type=PATH, help="Folder of the cache; default: kd_cache/<data>-<teacher>-<identity>."),
+    click.option("--views", default=8, show_default=True, help="Mixed views of every image (mosaic and all)."),
+    click.option("--plain-views", default=1, show_default=True, help="Plain views, for the epochs of close_mosaic."),
+    click.option("--imgsz", type=int, help="Side of the views in pixels; default: the checkpoint's."),
+    click.option("--batch", default=16, show_default=True, help="Views a forward pass."),
+    click.option("--device", help="cpu, 0, cuda:1, …; default: the first GPU, else the CPU."),
+    click.option("--workers", type=int, help="Processes that make views; default: 0 on a CPU, else up to 8."),
+    click.option("--seed", default=0, show_default=True, help="Seed of the views."),
+    click.option(
+        "--store", default="features,logits", show_default=True, help="Targets to keep; also vlr, for ld:vlr=…."
+    ),
+    click.option(
+        "--taps", default="", metavar="NAMES", help="More layers to keep: C3,C4,C5 of the backbone, or numbers."
+    ),
+    click.option("--pack", default="none", show_default=True, help="Keep the views too: none, jpeg[:quality] or png."),
+    click.option("--fidelity", help="exact, safe, default, small or tiny; default: default, or what --budget allows."),
+    click.option("--budget", metavar="SIZE", help="Fit into 40GB, 500MB, …: picks fidelity and views, up to --views."),
+    click.option("--precision", default="fp32", show_default=True, help="Of the teacher: fp32 or fp16."),
+    click.option("--trust-teacher", is_flag=True, help="Let the checkpoint run code while it loads."),
+    click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes."),
+    click.option("--allow-download", is_flag=True, help="Follow the data file's download: entry."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."),
+    click.argument("augmentation", nargs=-1, metavar="[KEY=VALUE]..."),
+)
+
+
+def extract_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of an extraction."""
+    for option in reversed(EXTRACT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def extract_settings(options: dict[str, Any]) -> Any:
+    """Return the `ExtractSettings` that the words of `extract_options` say."""
+    from cache_kd.config import parse_pairs
+    from cache_kd.pipeline.extract_settings import ExtractSettings
+    from cache_kd.pipeline.sizes import parse_size
+
+    augment, budget = parse_pairs(options.pop("augmentation")), options.pop("budget")
+    stores, layers = (names_in(options.pop(name)) for name in ("store", "taps"))
+    size = parse_size(budget, "--budget") if budget is not None else None
+    return ExtractSettings(store=stores, taps=layers, augment=augment, budget=size, **options)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas."""
+    return tuple(part for part in text.split(",") if part)
+
+
+@main.command()
+@extract_options
+def extract(as_json: bool, **options: Any) -> None:
+    """Run the teacher once over every view of the data set and store what it says.
+
+    Data set, image size and augmentation are those that the teacher's checkpoint recorded; KEY=VALUE overrides single
+    augmentation settings. The same command goes on after an interruption; with more --views it adds the new ones.
+
+    \b
+    cache-kd extract --teacher best.pt
+    cache-kd extract --teacher best.pt --views 16 --fidelity small mixup=0.1
+    """
+    with quiet(as_json):
+        from cache_kd.pipeline.extraction import extract as run
+
+        done = run(
+            extract_settings(options),
+            say=lambda line: click.echo(line, err=as_json),
+            progress=None if as_json else Progress("views"),
+        )
+    say_made(done, as_json)
+    if not as_json:
+        click.echo("train a student from it: cache-kd train --student yolov8n.yaml")
+
+
+def say_made(done: Any, as_json: bool) -> None:
+    """Print what a finished extraction or recoding left."""
+    from cache_kd.pipeline.sizes import megabytes
+
+    views, images = [view.name for view in done.manifest.views], done.manifest.num_images
+    summary = {
+        "cache": str(done.path),
+        "digest": done.manifest.digest,
+        "views": views,
+        "images": images,
+        "items_extracted": done.items,
+        "bytes": done.num_bytes,
+        "seconds": round(done.seconds, 2),
+    }
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    each = done.num_bytes / (images * len(views)) / 1e3
+    click.echo(
+        f"{done.path}: {len(views)} views of {images} images, {megabytes(done.num_bytes)} ({each:.1f} kB a view), "
+        f"digest {done.manifest.digest[:16]}"
+    )
+
+
+@main.command()
+@extract_options
+def estimate(as_json: bool, **options: Any) -> None:
+    """Say what an extraction would cost before anything is written: bytes, time, read rate, break-even.
+
+    Takes the options of extract, looks at a sample of the views, and shows the neighbouring fidelities and half and
+    double the number of views beside the one asked about.
+
+    \b
+    cache-kd estimate --teacher best.pt
+    cache-kd estimate --teacher best.pt --views 16 --budget 40GB
+    """
+    with quiet(as_json):
+        from cache_kd.pipeline.estimate import estimate as run
+
+        found = run(extract_settings(options), say=lambda line: click.echo(line, err=as_json))
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--fidelity", help="Coarser than the cache's; default: the same, for fewer --store.")
+@click.option("--store", help="Targets to keep, some of the cache's; default: all of them.")
+@click.option("--cache", "out", type=PATH, help="Folder of the new cache; default: beside the others in kd_cache/.")
+@click.option("--data", type=PATH, help="Data file; only a replayed cache of fidelity exact needs it, for its labels.")
+@click.option("--jobs", type=click.IntRange(1), help="Threads; default: the cores, at most 8.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+def recode(cache: Path, store: str | None, out: Path | None, jobs: int | None, as_json: bool, **options: Any) -> None:
+    """Make a smaller cache of the same views from a finer one, without the teacher. Goes on after an interruption.
+
+    \b
+    cache-kd recode kd_cache/bccd-best-1a2b3c4d --fidelity small
+    cache-kd recode kd_cache/bccd-best-1a2b3c4d --store logits
+    """
+    with quiet(as_json):
+        from cache_kd.pipeline.recoding import RecodeSettings
+        from cache_kd.pipeline.recoding import recode as run
+        from cache_kd.pipeline.versions import cpu_threads
+
+        stores = names_in(store) if store is not None else None
+        done = run(
+            RecodeSettings(cache, store=stores, cache=out, jobs=jobs or min(8, cpu_threads()), **options),
+            say=lambda line: click.echo(line, err=as_json),
+            progress=None if as_json else Progress("views"),
+        )
+    say_made(done, as_json)
