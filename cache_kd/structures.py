@@ -149,6 +149,8 @@ class Column:
         whole: one chunk holds a whole shard (tiny columns); otherwise a chunk is one sample.
         typesize: bytes of an element as the compressor's byte shuffle sees it; 0 takes the dtype's.
         compressor: "zstd", or "lz4" for rows that are compressed already: it passes over them and their padding faster.
+        expected: bytes that a ragged row is reckoned with when the samples of a shard are counted, 0 for none. Only who
+            begins a cache needs it: the manifest records what came out.
     """
 
     name: str
@@ -158,6 +160,7 @@ class Column:
     whole: bool = False
     typesize: int = 0
     compressor: str = "zstd"
+    expected: int = field(default=0, compare=False)
 
     @property
     def row_bytes(self) -> int:

@@ -44,8 +44,14 @@ def stored_columns(columns: Iterable[Column]) -> tuple[Column, ...]:
 
 
 def shard_size(columns: Iterable[Column]) -> int:
-    """Return S, the samples of a shard: at most 128, and at most 128 MiB of fixed-size rows before compression."""
-    row = sum(column.row_bytes for column in stored_columns(columns) if column.whole or not column.ragged)
+    """Return S, the samples of a shard: at most 128, and at most 128 MiB of their rows before compression.
+
+    Ragged rows count with what they are expected to take, not with the room that they have.
+    """
+    row = sum(
+        column.expected if column.ragged and not column.whole else column.row_bytes
+        for column in stored_columns(columns)
+    )
     return max(1, min(MAX_SAMPLES, MAX_SHARD_BYTES // max(1, row)))
 
 

@@ -102,7 +102,9 @@ _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 
 def columns_to_json(columns: Iterable[Column]) -> list[dict[str, Any]]:
-    return [{**asdict(column), "shape": list(column.shape)} for column in columns]
+    """Return the columns as JSON; what was expected of their rows shows in the manifest's `shard_size`."""
+    plain = [{**asdict(column), "shape": list(column.shape)} for column in columns]
+    return [{key: value for key, value in column.items() if key != "expected"} for column in plain]
 
 
 def columns_from_json(data: Any) -> tuple[Column, ...]:

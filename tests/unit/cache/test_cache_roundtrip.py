@@ -17,6 +17,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cache_kd.cache import CacheReader, layout, verify_cache
 from cache_kd.cache.layout import COMPRESSORS, DTYPES, ArrayLayout, stored_columns
+from cache_kd.cache.manifest import columns_to_json
 from cache_kd.cache.shard import decode_chunk, encode_shard, parse_index
 from cache_kd.structures import Column
 
@@ -139,6 +140,12 @@ def test_shard_size_has_128_samples_and_128_mib_at_most(monkeypatch: pytest.Monk
     assert layout.shard_size([Column("a", "u1", (2**20 + 1,))]) == 127
     assert layout.shard_size([Column("a", "u1", (2**28,))]) == 1
     assert layout.shard_size([Column("a", "u1", (2**28,), ragged=True)]) == 128
+    assert layout.shard_size([Column("a", "u1", (2**28,), ragged=True, expected=2**21)]) == 63  # and its length
+
+
+def test_what_rows_are_expected_to_take_is_no_part_of_a_cache() -> None:
+    known, unknown = (Column("a", "u1", (2**20,), ragged=True, expected=size) for size in (2**19, 0))
+    assert columns_to_json([known]) == columns_to_json([unknown]) and known == unknown
 
 
 def test_num_bytes_counts_the_shard_files(cache: Path) -> None:
