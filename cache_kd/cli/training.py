@@ -20,6 +20,8 @@ from cache_kd.cli.output import PATH, quiet
 @click.option("--balance", type=float, metavar="SHARE", help="Hold each term at this share of the neck's gradient.")
 @click.option("--name", help="Name of the run's folder under runs/detect.")
 @click.option("--verify-pixels", default="first", show_default=True, help="first, all or off.")
+@click.option("--views", type=int, help="Show only the cache's first so many mixed views; default: all.")
+@click.option("--plain-views", type=int, help="Show only the cache's first so many plain views; default: all.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="torch threads; default: Ultralytics' choice, cores - 1.")
 @click.option("--trust-student", is_flag=True, help="Let the student's file run code while it loads.")
 @click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")

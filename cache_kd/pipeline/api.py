@@ -50,6 +50,8 @@ def train(
     data: str | Path | None = None,
     name: str | None = None,
     verify_pixels: str = "first",
+    views: int | None = None,
+    plain_views: int | None = None,
     **settings: Any,
 ) -> Trained:
     """Train a student from a cache and return its run's folder, losses and metrics.
@@ -59,6 +61,7 @@ def train(
         cache: A `Cache`, its folder, or None for the newest complete one.
         losses: Specs as on the command line; empty takes the defaults, ["none"] trains plainly on the same views.
         balance: Share of the neck's gradient at which each term is held that names no share of its own.
+        views, plain_views: Mixed and plain views to show, the cache's first ones; None shows all.
         settings: Ultralytics' own settings, such as epochs=50.
 
     Raises:
@@ -74,6 +77,8 @@ def train(
             balance=balance,
             name=name,
             verify_pixels=verify_pixels,
+            views=views,
+            plain_views=plain_views,
             settings=settings,
         )
     )

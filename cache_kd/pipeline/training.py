@@ -22,6 +22,7 @@ from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.packed import check_class_names, check_decoder
 from cache_kd.pipeline.versions import other_versions, version_differences
+from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
 from cache_kd.ultralytics_bridge.models import check_pretrained, check_resumed, check_student
@@ -48,6 +49,7 @@ class TrainSettings:
         student: model YAML or checkpoint. cache: folder; None takes the newest complete one.
         balance: share of the gradient at which each term is held whose spec gives no `balance`; None holds none.
         losses: specs as on the command line; none takes `default_losses`; ("none",) trains plainly on the same views.
+        views, plain_views: mixed and plain views to show, the first ones; None shows all.
         threads: torch threads; None leaves Ultralytics' choice, on a CPU one fewer than its cores.
         settings: Ultralytics' own KEY=VALUE settings.
     """
@@ -59,6 +61,8 @@ class TrainSettings:
     balance: float | None = None
     name: str | None = None
     verify_pixels: str = "first"
+    views: int | None = None
+    plain_views: int | None = None
     threads: int | None = None
     trust_student: bool = False
     imports: tuple[Path, ...] = ()
@@ -98,6 +102,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     check_training_settings(extra)
     check_pixel_settings(extra, recipe, cache.manifest.imgsz)
     losses = _losses(settings, cache.manifest)
+    chosen_views(cache.manifest, settings)
     say(f"losses: {', '.join(map(str, losses)) or 'none, a plain run on the same views'}")
     if extra.get("resume"):
         check_resumed(Path(settings.student), trusted=settings.trust_student)
@@ -190,7 +195,7 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
 
     return DistillPlan(
         losses=losses,
-        views=manifest.views,
+        views=chosen_views(manifest, settings),
         recipe=Recipe.from_settings(manifest.recipe),
         imgsz=manifest.imgsz,
         seed=manifest.seed,
@@ -204,6 +209,31 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
     )
 
 
+def chosen_views(manifest: Manifest, settings: TrainSettings) -> tuple[View, ...]:
+    """Return the views that a run shows: the first of each kind, as many as the settings say, None for all.
+
+    A cache's first K views are those of a cache of K views, so one cache of many serves runs on fewer.
+
+    Raises:
+        SettingError: The cache has fewer.
+    """
+    shown: list[View] = []
+    for kind, option, count in (
+        ("mixed", "--views", settings.views),
+        ("plain", "--plain-views", settings.plain_views),
+    ):
+        have = [view for view in manifest.views if view.kind == kind]
+        if count is not None and not 0 <= count <= len(have):
+            raise SettingError(
+                f"{option} {count}; the cache has {len(have)} {kind} views, allowed: 0 to {len(have)}; more: "
+                f"{extract_command(manifest)}"
+            )
+        shown += have if count is None else [view for view in have if view.number < count]
+    if not shown:
+        raise SettingError("--views 0 --plain-views 0 leaves nothing to show; allowed: at least one view")
+    return tuple(shown)
+
+
 def _record(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> dict[str, Any]:
     manifest = cache.manifest
     return {
@@ -212,7 +242,7 @@ def _record(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings)
         "digest": manifest.digest,
         "teacher": {key: manifest.teacher[key] for key in ("file", "file_sha256", "weights_sha256")},
         "losses": [str(spec) for spec in losses] or [NO_LOSSES],
-        "views": [view.name for view in manifest.views],
+        "views": [view.name for view in chosen_views(manifest, settings)],
         "student": settings.student,
         "verify_pixels": settings.verify_pixels,
         "pack": cache.packing.spec if cache.packing else "none",
@@ -245,6 +275,15 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
             f"{checkpoint} was trained with {', '.join(recorded['losses'])}, not with --balance "
             f"{settings.balance:g}; leave --balance out to go on, or start a new run"
         )
+    views = _recorded_views(recorded, record)
+    for option, given, held in zip(
+        ("--views", "--plain-views"), (settings.views, settings.plain_views), views, strict=True
+    ):
+        if given is not None and given != held:
+            raise MismatchError(
+                f"{checkpoint} was trained with {option} {held}, not {given}; leave {option} out to go on, or start a "
+                "new run"
+            )
     cache = settings.cache or Path(recorded["cache"])
     identity = Cache(cache).manifest.identity_digest
     if identity != recorded["identity"]:
@@ -258,6 +297,8 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
         data=settings.data,
         losses=tuple(recorded["losses"]),
         verify_pixels=settings.verify_pixels,
+        views=views[0],
+        plain_views=views[1],
         threads=settings.threads,
         trust_student=settings.trust_student,
         imports=settings.imports,
@@ -274,9 +315,21 @@ def _read_record(path: Path) -> dict[str, Any]:
     faults = [f"{key} is not a text" for key in ("cache", "identity") if not isinstance(recorded.get(key), str)]
     if not isinstance(losses, list) or not losses or not all(isinstance(loss, str) for loss in losses):
         faults.append("losses is not a list of texts")
+    views = recorded.get("views")
+    if not isinstance(views, list) or not all(isinstance(view, str) for view in views):
+        faults.append("views is not a list of texts")
     if faults:
         raise MismatchError(f"{path} is not the record of a run: {', '.join(faults)}; start a new run")
     return recorded
+
+
+def _recorded_views(recorded: dict[str, Any], path: Path) -> tuple[int, int]:
+    """Return how many mixed and plain views a run shows: a cache topped up since must not change its schedule."""
+    try:
+        kinds = [View.parse(name).kind for name in recorded["views"]]
+    except SettingError as error:
+        raise MismatchError(f"{path} is not the record of a run: {error}; start a new run") from None
+    return kinds.count("mixed"), kinds.count("plain")
 
 
 def _balances(recorded: list[str], share: float) -> bool:

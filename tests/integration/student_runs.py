@@ -80,6 +80,7 @@ def train_student(
     student: str = "yolov8n.yaml",
     data: Path | None = None,
     balance: float | None = None,
+    views: int | None = None,
     before_batch: Callable[[DistillTrainer, dict[str, Any]], None] = lambda trainer, batch: None,
     **settings: Any,
 ) -> Run:
@@ -103,7 +104,7 @@ def train_student(
         try:
             training.train(
                 training.TrainSettings(
-                    student=student, cache=cache, data=data, losses=losses, balance=balance, settings=every
+                    student=student, cache=cache, data=data, losses=losses, balance=balance, views=views, settings=every
                 )
             )
         finally:

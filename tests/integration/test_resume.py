@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from student_runs import (
     FAST,
@@ -30,7 +31,7 @@ from torch import Tensor
 from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.cli import main
-from cache_kd.errors import MismatchError
+from cache_kd.errors import MismatchError, SettingError
 from cache_kd.pipeline import training
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
@@ -321,3 +322,28 @@ def test_checkpoints_are_replaced_never_written_into(
     held = torch.load(weights / "last.pt", weights_only=False)
     assert held["epoch"] == -1 and held["optimizer"] is None
     assert not list(weights.glob("*.next"))
+
+
+def test_fewer_views_are_those_of_a_smaller_cache_and_last_over_a_resume(few_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupt, match="cache-kd train resume="):
+        train_student(few_cache, tmp_path, "none", views=1, epochs=5, before_batch=interrupt_at(2, 0), close_mosaic=1)
+    folder = tmp_path / "train"
+    assert yaml.safe_load((folder / "cache_kd.yaml").read_text())["views"] == ["mixed-0000", "plain-0000"]
+    with pytest.raises(MismatchError, match=r"was trained with --views 1, not 2; leave --views out"):
+        training.train(training.TrainSettings("", views=2, settings={"resume": str(folder / "weights/last.pt")}))
+    rest = resume(folder)
+    shown = [View("mixed", 0)] * 2 + [View("plain", 0)]
+    assert rest.shown == [(epoch, view) for epoch, view in zip((2, 3, 4), shown, strict=True) for _ in range(BATCHES)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"views": 3}, r"--views 3; the cache has 2 mixed views, allowed: 0 to 2; more: cache-kd extract"),
+        ({"plain_views": 2}, r"--plain-views 2; the cache has 1 plain views, allowed: 0 to 1"),
+        ({"views": 0, "plain_views": 0}, r"leaves nothing to show"),
+    ],
+)
+def test_views_that_the_cache_lacks_are_refused(few_cache: Path, chosen: dict[str, int], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        training.train(training.TrainSettings("yolov8n.yaml", few_cache, **chosen))
