@@ -138,7 +138,7 @@ def estimate(as_json: bool, **options: Any) -> None:
 @click.option("--fidelity", help="Coarser than the cache's; default: the same, for fewer --store.")
 @click.option("--store", help="Targets to keep, some of the cache's; default: all of them.")
 @click.option("--cache", "out", type=PATH, help="Folder of the new cache; default: beside the others in kd_cache/.")
-@click.option("--data", type=PATH, help="Data file; only a replayed cache of fidelity exact needs it, for its labels.")
+@click.option("--data", type=PATH, help="Data file; needed for labels where fewer logits are kept of a replayed cache.")
 @click.option("--jobs", type=click.IntRange(1), help="Threads; default: the cores, at most 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 def recode(cache: Path, store: str | None, out: Path | None, jobs: int | None, as_json: bool, **options: Any) -> None:

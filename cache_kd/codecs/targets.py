@@ -179,9 +179,9 @@ class ViewCodec:
         if "score_map" in wanted:
             score_map = _present(sample.score_map, "score_map", (shape.anchors,))
             row["score_map"] = self.fidelity.score_map.encode(score_map)
-        for layer, values in zip(self.layers, sample.layers, strict=True):
+        for position, layer in enumerate(self.layers):
             if layer_column(layer.name, "features") in wanted:
-                encoded = self.fidelity.features.encode((values,), (layer,))
+                encoded = self.fidelity.features.encode(sample.layers[position : position + 1], (layer,))
                 row.update({layer_column(layer.name, name): column for name, column in encoded.items()})
         if any(column.name in wanted for column in self.fidelity.logits.columns(shape)):
             scores = _present(sample.scores, "scores", (shape.anchors, shape.classes))

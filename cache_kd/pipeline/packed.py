@@ -68,6 +68,12 @@ def check_decoder(reader: CacheReader, codec: PixelCodec) -> int:
     return difference
 
 
+def decoder_change(reader: CacheReader, codec: PixelCodec) -> np.ndarray:
+    """Return (3, H, W) int16: this machine's pixels of the probe minus those that the teacher saw."""
+    pixels = codec.decode(reader.read_teacher(PROBE), reader.manifest.imgsz)
+    return pixels.astype(np.int16) - reader.read_teacher(PROBE_PIXELS)
+
+
 def check_class_names(teacher: Mapping[str, Any], data: Mapping[str, Any], path: object) -> None:
     """Raise `MismatchError` unless a data file has the classes, in their order, by which packed labels are counted."""
     recorded = teacher.get("data_names")

@@ -15,16 +15,19 @@ import numpy as np
 
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import FIDELITIES, ViewCodec
+from cache_kd.codecs.logits import SparseLogits
 from cache_kd.errors import CacheKDError, MismatchError, SettingError, choices
 from cache_kd.fingerprint import OtherIdentityError
 from cache_kd.pipeline.contents import stored_columns
 from cache_kd.pipeline.extraction import Extracted, nothing_left, remove_empty
-from cache_kd.pipeline.identity import RECODED, codec_record, recodings
+from cache_kd.pipeline.identity import RECODED, recodings
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.opened import Cache
-from cache_kd.structures import STORES, SampleTargets, TargetBatch, View
+from cache_kd.pipeline.versions import version_differences
+from cache_kd.structures import PIXEL_HASH, STORES, SampleTargets, TargetBatch, View
 from cache_kd.teacher.extract import Unit, open_units
 from cache_kd.ultralytics_bridge.kept_anchors import KeptAnchors
+from cache_kd.views.seeding import pixel_hash
 
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
@@ -35,7 +38,7 @@ class RecodeSettings:
 
     Attributes:
         source: a complete cache. fidelity, store: of the new one; None takes the source's. cache: its folder.
-        data: data file, needed only where the source has all anchors and the new cache is to have those in labels.
+        data: data file, needed only where fewer anchors' logits are kept and the source does not hold its labels.
         jobs: threads that decode and encode; the bytes do not depend on them.
     """
 
@@ -104,21 +107,16 @@ def target_codec(source: Cache, settings: RecodeSettings) -> ViewCodec:
     codec = ViewCodec.create(wanted, head, have.imgsz, store)
     if wanted == before:  # as it is described there, whatever this version calls by that name
         codec = replace(codec, fidelity=have.fidelity)
-    if _keeps_logits(have, codec):
-        codec = replace(codec, fidelity=replace(codec.fidelity, logits=have.fidelity.logits))
     return codec
 
 
-def _keeps_logits(have: ViewCodec, wanted: ViewCodec) -> bool:
-    """Return whether the logits' rows are copied.
-
-    Sparse rows do not say which of their anchors lie in labelled boxes, and none of those may be lost.
-    """
-    return "logits" in wanted.store and not have.fidelity.logits.sends_all
-
-
 class Recoder:
-    """Makes the rows of the new cache from those of the old one."""
+    """Makes the rows of the new cache from those of the old one.
+
+    Sparse logits do not say which of their anchors lie in labelled boxes, and none of those may be lost: where fewer
+    are to be kept, the labels say it. Those stay too that pass the new threshold within the codes' error. What stays
+    keeps its values to the bit.
+    """
 
     def __init__(self, source: Cache, codec: ViewCodec) -> None:
         self.source, self.codec = source, codec
@@ -128,7 +126,7 @@ class Recoder:
         changed = {
             "features": old.features.describe() != new.features.describe(),
             "score_map": old.score_map.describe() != new.score_map.describe(),
-            "logits": old.logits.describe() != new.logits.describe(),
+            "logits": old.logits.describe() != new.logits.describe() or _drops_region(before, after),
             "hold_stats": old.hold_stats.describe() != new.hold_stats.describe(),
         }
         needs = {need for need, differs in changed.items() if differs and _stored(need) in after.store}
@@ -147,16 +145,41 @@ class Recoder:
         row = reader.read(view, index, self.copied)
         if self.encoded:
             stored = reader.read(view, index, self.decoded)
-            said = _sample(self.source.codec.decode_one(stored), self._kept(view, index))
+            batch = self.source.codec.decode_one(stored)
+            said = _sample(batch, self._kept(view, index, batch))
             row.update(self.codec.encode_columns(said, self.encoded))
         return row
 
-    def _kept(self, view: View, index: int) -> np.ndarray | None:
-        """Return the anchors to keep for the labels, where all were kept before."""
+    def _kept(self, view: View, index: int, stored: TargetBatch) -> np.ndarray | None:
+        """Return the anchors to keep whatever their score, where fewer are kept than before.
+
+        Raises:
+            MismatchError: the view is made again with other pixels, so its labels may be others too.
+        """
         if self._anchors is None:
             return None
         with self._alone:  # views are made with the random state of the process
-            return self._anchors.kept(self.source.dataset.sample(view, index).boxes)
+            sample = self.source.dataset.sample(view, index)
+        proof = self.source.reader.read(view, index, (PIXEL_HASH.name,))[PIXEL_HASH.name].tobytes()
+        if self.source.packing is None and pixel_hash(sample.pixels) != proof:
+            context = version_differences(self.source.manifest.identity)
+            raise MismatchError(
+                f"view {view.name}, item {index} ({self.source.images[index].path}) has other pixels than the teacher "
+                f"saw, so its labels are not known; {context}; keep the logits as they are: --fidelity small, or see "
+                f"cache-kd verify {self.source.path} --pixels"
+            )
+        labelled = self._anchors.kept(sample.boxes)
+        before, after = self.source.codec.fidelity.logits, self.codec.fidelity.logits
+        if not isinstance(after, SparseLogits) or before.step is None:
+            return labelled
+        assert stored.scores is not None and stored.sent is not None
+        may_pass = after.sent(stored.scores[0].numpy() + before.step / 2, None)
+        return np.asarray(labelled | may_pass & stored.sent[0].numpy())
+
+
+def _drops_region(before: ViewCodec, after: ViewCodec) -> bool:
+    """Return whether the anchors of LD's valuable region are to go."""
+    return "vlr" in before.store and "vlr" not in after.store and not before.fidelity.logits.sends_all
 
 
 def _stored(need: str) -> str:
@@ -186,7 +209,7 @@ def _open(source: Cache, codec: ViewCodec, settings: RecodeSettings) -> tuple[Pa
     # Rows that were coded twice are not those of an extraction at this fidelity: the cache is another one.
     earlier = {"identity": manifest.identity_digest, "fidelity": source.codec.fidelity.name}
     chain = [*recodings(manifest.identity), earlier]
-    identity = {**manifest.identity, "codec": codec_record(codec, source.packing), RECODED: chain}
+    identity = {**manifest.identity, "codec": _record(source, codec), RECODED: chain}
     path = settings.cache or default_cache_path(_SUFFIX.sub("", settings.source.resolve().name), identity)
     made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
     try:
@@ -220,12 +243,17 @@ def _one_unit(unit: Unit, writer: CacheWriter, recoder: Recoder, pool: ThreadPoo
     return done + len(indices)
 
 
+def _record(source: Cache, codec: ViewCodec) -> dict[str, Any]:
+    """Return what identity and manifest say of the new cache's codecs: views were packed by the source's encoder."""
+    return {**codec.describe(), "pack": source.manifest.codec["pack"]}
+
+
 def _manifest_fields(source: Cache, codec: ViewCodec) -> dict[str, Any]:
     manifest = source.manifest
     return {
         "teacher": manifest.teacher,
         "head": codec.head,
-        "codec": codec_record(codec, source.packing),
+        "codec": _record(source, codec),
         "imgsz": manifest.imgsz,
         "seed": manifest.seed,
         "recipe": manifest.recipe,
