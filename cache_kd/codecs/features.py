@@ -20,10 +20,6 @@ from cache_kd.structures import Column
 HALF_MAX = 65504.0
 VALUE_MAX = 1e30
 CODES = 256
-# A table's fraction of a step is an int8 in units of 1/254, held inside ±126/254 so that half a step of rounding plus
-# the fraction stays below one step whatever the distribution inside the cell.
-FRACTION_UNIT = 254.0
-FRACTION_MAX = 126.0
 # A constant map has no deviation; its codes are all 0 and any step will do.
 SMALLEST_STEP = 2.0**-100
 
@@ -196,97 +192,3 @@ class ChannelFeatures:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind}
-
-
-@dataclass(frozen=True)
-class StepFeatures:
-    """u8 with one uniform step an image and level, max(step · sd, range / 255), read back at each code's centroid.
-
-    A value comes back as lo + (code + fraction[code]) · step, where fraction is the mean offset of the values that got
-    this code. Bound: one step; the rms error is at most step / √12 where values spread evenly within a cell, as those
-    of real maps do. Peaks are never clipped.
-
-    Tables are raw little-endian bytes: float32 lo of each level, float32 step of each level, int8 fractions
-    (levels, 256) in units of 1/254.
-
-    Attributes:
-        step: in standard deviations of the level's values.
-    """
-
-    step: float
-    kind: ClassVar[str] = "step"
-
-    def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
-        return (
-            Column("features", "u1", (sum(level.size for level in levels),)),
-            Column("feature_tables", "u1", (len(levels) * (8 + CODES),), whole=True),
-        )
-
-    def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]:
-        maps = checked_maps(features, levels)
-        row = np.empty(sum(values.size for values in maps), np.uint8)
-        scalars = np.empty((2, len(levels)), "<f4")
-        fractions = np.empty((len(levels), CODES), np.int8)
-        start = 0
-        for number, (values, level) in enumerate(zip(maps, levels, strict=True)):
-            codes = row[start : start + values.size]
-            low, step = self._encode_level(values, f"features of {level.name}", codes, fractions[number])
-            scalars[:, number] = low, step
-            start += values.size
-        return {
-            "features": row,
-            "feature_tables": np.concatenate([scalars.view(np.uint8).ravel(), fractions.view(np.uint8).ravel()]),
-        }
-
-    def _encode_level(
-        self, values: np.ndarray, where: str, codes: np.ndarray, fractions: np.ndarray
-    ) -> tuple[np.float32, np.float32]:
-        """Fill `codes` and `fractions` of one level and return its lo and step."""
-        low, high = value_range(values, where)
-        wanted = max(self.step * float(values.std(dtype=np.float64)), (high - low) / (CODES - 1))
-        step = usable_step(np.array([wanted]))[0]
-        scaled = values - np.float32(low)
-        scaled /= step
-        cells = np.rint(scaled).astype(np.intp)
-        codes[:] = cells
-        counts = np.bincount(cells, minlength=CODES)
-        sums = np.bincount(cells, weights=scaled, minlength=CODES)
-        offsets = sums / np.maximum(counts, 1) - np.arange(CODES) * (counts > 0)
-        fractions[:] = np.rint(offsets * FRACTION_UNIT).clip(-FRACTION_MAX, FRACTION_MAX)
-        return np.float32(low), step
-
-    def _tables(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return lo (B, levels), step (B, levels) and fractions (B, levels, 256), float32."""
-        tables = column_of(columns, "feature_tables")
-        count = len(levels)
-        # a copy of its own starts at offset 0, which a view of another element size needs
-        scalars = tables[:, : 8 * count].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        fractions = tables[:, 8 * count :].contiguous().view(torch.int8).float() / FRACTION_UNIT
-        return scalars[:, :count], scalars[:, count:], fractions.view(-1, count, CODES)
-
-    def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]:
-        low, step, fractions = self._tables(columns, levels)
-        centres = torch.arange(CODES, device=low.device) + fractions
-        lookup = centres.mul_(step[:, :, None]).add_(low[:, :, None])  # (B, levels, 256)
-        batch = len(lookup)
-        # one flat table a level and int32 indices: half the time of a gather with int64 indices
-        base = torch.arange(0, batch * CODES, CODES, dtype=torch.int32, device=low.device)[:, None]
-        rows = level_rows(column_of(columns, "features"), levels)
-        return tuple(
-            lookup[:, number].reshape(-1).index_select(0, (codes + base).view(-1)).view(batch, *level.shape)
-            for number, (codes, level) in enumerate(zip(rows, levels, strict=True))
-        )
-
-    def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
-        _, step, _ = self._tables(columns, levels)
-        return [step[:, number, None, None, None] for number in range(len(levels))]
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "step": self.step}
-
-
-FEATURE_CODECS: dict[str, type[HalfFeatures | ChannelFeatures | StepFeatures]] = {
-    "half": HalfFeatures,
-    "channel": ChannelFeatures,
-    "step": StepFeatures,
-}

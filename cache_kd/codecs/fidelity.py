@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache_kd.codecs.features import FEATURE_CODECS, ChannelFeatures, FeatureCodec, HalfFeatures, StepFeatures
+from cache_kd.codecs.features import ChannelFeatures, FeatureCodec, HalfFeatures
 from cache_kd.codecs.logits import LOGIT_CODECS, DenseLogits, LogitCodec, SparseLogits
+from cache_kd.codecs.pair_features import PairFeatures
 from cache_kd.codecs.summaries import HoldStats, ScoreMap
 from cache_kd.errors import MismatchError, SettingError, choices
+
+FEATURE_CODECS: dict[str, type[HalfFeatures | ChannelFeatures | PairFeatures]] = {
+    "half": HalfFeatures,
+    "channel": ChannelFeatures,
+    "pair": PairFeatures,
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,9 @@ _SHORT_STATS = HoldStats(mantissa_bits=10)
 FIDELITIES: dict[str, Fidelity] = {
     "exact": Fidelity("exact", HalfFeatures(), DenseLogits(), ScoreMap(step=None), HoldStats(mantissa_bits=23)),
     "safe": Fidelity("safe", ChannelFeatures(), SparseLogits(threshold=0.003), _CODED_SCORES, _SHORT_STATS),
-    "default": Fidelity("default", StepFeatures(0.15), SparseLogits(threshold=0.01), _CODED_SCORES, _SHORT_STATS),
-    "small": Fidelity("small", StepFeatures(0.3), SparseLogits(threshold=0.01), _CODED_SCORES, _SHORT_STATS),
-    "tiny": Fidelity("tiny", StepFeatures(0.8), SparseLogits(threshold=0.05), _CODED_SCORES, _SHORT_STATS),
+    "default": Fidelity("default", PairFeatures(0.15), SparseLogits(threshold=0.01), _CODED_SCORES, _SHORT_STATS),
+    "small": Fidelity("small", PairFeatures(0.3), SparseLogits(threshold=0.01), _CODED_SCORES, _SHORT_STATS),
+    "tiny": Fidelity("tiny", PairFeatures(0.8), SparseLogits(threshold=0.05), _CODED_SCORES, _SHORT_STATS),
 }
 
 

@@ -217,13 +217,13 @@ def test_a_recoded_cache_holds_the_same_views_at_a_coarser_fidelity(few_cache: P
     assert verify_cache(done.path).ok and done.items == 36
     assert cache.num_bytes < source.num_bytes
     assert (cache.views, cache.images) == (source.views, source.images)
-    assert cache.manifest.codec["features"] == {"kind": "step", "step": 0.3}
+    assert cache.manifest.codec["features"] == {"kind": "pair", "step": 0.3}
     columns = ("pixel_hash", "hold_stats", "logits", "score_map")
     for view, index in ((View("mixed", 1), 7), (View("plain", 0), 3)):
         before, after = (one.reader.read(view, index, columns) for one in (source, cache))
         assert all(np.array_equal(before[name], after[name]) for name in columns)
         features = [
-            source.codec.decode_one(one.reader.read(view, index, ("features", "feature_tables")))
+            source.codec.decode_one(one.reader.read(view, index, ("features", "feature_peaks", "feature_tables")))
             for one in (source, cache)
         ]
         for fine, coarse in zip(*(said.features or () for said in features), strict=True):

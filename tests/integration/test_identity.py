@@ -19,7 +19,7 @@ from torch import nn
 
 from cache_kd.cli import main
 from cache_kd.codecs import fidelity
-from cache_kd.codecs.features import StepFeatures
+from cache_kd.codecs.pair_features import PairFeatures
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.fingerprint import differences
 from cache_kd.pipeline import identity, versions
@@ -100,7 +100,7 @@ def test_a_change_of_a_setting_is_refused(
 def test_a_preset_with_other_parameters_is_refused(
     few_images: Path, few_cache: Path, bccd_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = replace(fidelity.fidelity("default"), features=StepFeatures(0.16))
+    other = replace(fidelity.fidelity("default"), features=PairFeatures(0.16))
     monkeypatch.setitem(fidelity.FIDELITIES, "default", other)
     line = refusal(settings(bccd_teacher, few_images, few_cache))
     assert named(line) == ["codec.features.step: 0.15 there, 0.16 wanted"]

@@ -11,7 +11,7 @@ from cache_kd.errors import MismatchError, SettingError
 
 def test_columns_for_names_what_to_read() -> None:
     codec = ViewCodec.create("default", HEADS["dfl-1"], IMGSZ, BOTH)
-    assert codec.columns_for(["features"]) == ("features", "feature_tables")
+    assert codec.columns_for(["features"]) == ("features", "feature_peaks", "feature_tables")
     assert codec.columns_for({"logits", "score_map"}) == ("score_map", "logits")
     assert codec.columns_for(["hold_stats"]) == ("hold_stats",)
     assert ViewCodec.create("exact", HEADS["dfl-1"], IMGSZ, BOTH).columns_for(["logits"]) == ("scores", "boxes")
@@ -19,8 +19,8 @@ def test_columns_for_names_what_to_read() -> None:
 
 def test_each_layer_is_read_by_itself() -> None:
     codec = ViewCodec.create("default", HEADS["end2end-3"], IMGSZ, BOTH)
-    assert codec.columns_for(["map:C4"]) == ("C4.features", "C4.feature_tables")
-    assert codec.columns_for(["map:P4", "map:6.cv1"])[::2] == ("features", "6.cv1.features")
+    assert codec.columns_for(["map:C4"]) == ("C4.features", "C4.feature_peaks", "C4.feature_tables")
+    assert codec.columns_for(["map:P4", "map:6.cv1"])[::3] == ("features", "6.cv1.features")
     rows = rows_of(codec, [make_sample(HEADS["end2end-3"], 0)])
     read = codec.decode({name: rows[name] for name in codec.columns_for(["map:6.cv1"])})
     assert read.features is None and list(read.layers) == ["6.cv1"]

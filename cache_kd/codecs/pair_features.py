@@ -1,0 +1,270 @@
+"""In: a sample's feature maps. Out: two 4-bit codes a byte, the rare larger ones beside them, tables; and back.
+
+A general compressor codes each byte by how often it occurs. Two neighbours in one byte make it see what they have in
+common, and spend less than a bit on a value that is nearly always the same; half as many bytes are decoded. Channels
+are grouped by their mean, so that bytes of like statistics lie together, and each group has a window of 15 codes of
+its own. Encoding is numpy on one thread and a pure function of the maps; decoding is batched torch on whichever device
+the columns lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_kd.codecs.features import CODES, Level, checked_maps, column_of, usable_step, value_range
+from cache_kd.structures import Column
+
+# A table's fraction of a step is an int8 in units of 1/254, held inside ±126/254 so that half a step of rounding plus
+# the fraction stays below one step whatever the distribution inside the cell.
+FRACTION_UNIT = 254.0
+FRACTION_MAX = 126.0
+GROUPS = 16
+"""Groups of channels of a level."""
+PEAK = 15
+"""The 4-bit code that says: outside the group's window, see the peaks."""
+PAIRS = 256
+PEAK_SHARE = 4
+"""At most one in this many values of a level is a peak; its step grows until that holds."""
+_WIDER = 1.25
+
+
+class _Coded(NamedTuple):
+    """One level, encoded: pairs (F, ceil(H·W / 2)) u8 in the order of groups, peaks u8, and its part of the tables."""
+
+    pairs: np.ndarray
+    peaks: np.ndarray
+    low: np.float32
+    step: np.float32
+    bases: np.ndarray
+    fractions: np.ndarray
+    groups: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Of one level and a batch: low (B,), step (B,), bases (B, 16), fractions (B, 256) in steps, groups (B, F)."""
+
+    low: Tensor
+    step: Tensor
+    bases: Tensor
+    fractions: Tensor
+    groups: Tensor
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """One uniform step an image and level, max(step · sd, range / 255), read back at the mean of what a pair held.
+
+    A value is rounded to lo + code · step, code in 0..255. Channels are split into 16 groups of equal size by their
+    mean code; a group's window of 15 codes is the one that holds most of its values. Codes inside are kept as their
+    place in the window, others as 15, and in full among the peaks, in the order of the maps. A value inside comes back
+    as lo + (code + fraction[own place, neighbour's place]) · step, where fraction is the mean offset of the values that
+    had these two places; a peak comes back as lo + code · step. Bound: one step; the rms error is at most step / √12
+    where values spread evenly within a cell, as those of real maps do. Peaks are never clipped.
+
+    Columns: `features` (pairs of a level: (F, ceil(H·W / 2)), channels by group, then by number; the first value of a
+    pair in the high half), `feature_peaks` (ragged: codes of all levels), `feature_tables`: raw little-endian bytes:
+    float32 lo of each level, float32 step of each level, u8 bases (levels, 16), int8 fractions (levels, 256) in units
+    of 1/254 by 16 · own place + neighbour's, then the groups of all channels, two a byte.
+
+    Attributes:
+        step: in standard deviations of the level's values.
+    """
+
+    step: float
+    kind: ClassVar[str] = "pair"
+
+    def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
+        peaks = sum(_most_peaks(level) for level in levels)
+        channels = sum(level.shape[0] for level in levels)
+        tables = len(levels) * (8 + GROUPS + PAIRS) + (channels + 1) // 2
+        return (
+            Column("features", "u1", (sum(level.shape[0] * _row_bytes(level) for level in levels),)),
+            Column("feature_peaks", "u1", (max(1, peaks),), ragged=True),
+            Column("feature_tables", "u1", (tables,), whole=True),
+        )
+
+    def encode(self, features: Sequence[np.ndarray], levels: Sequence[Level]) -> dict[str, np.ndarray]:
+        maps = checked_maps(features, levels)
+        coded = [self._encode_level(values, level) for values, level in zip(maps, levels, strict=True)]
+        scalars = np.array([[level.low for level in coded], [level.step for level in coded]], "<f4")
+        groups = np.concatenate([level.groups for level in coded])
+        tables = [
+            scalars.view(np.uint8).ravel(),
+            *(level.bases for level in coded),
+            *(level.fractions.view(np.uint8) for level in coded),
+            _in_pairs(groups[None])[0],
+        ]
+        return {
+            "features": np.concatenate([level.pairs.ravel() for level in coded]),
+            "feature_peaks": np.concatenate([level.peaks for level in coded]),
+            "feature_tables": np.concatenate(tables),
+        }
+
+    def _encode_level(self, values: np.ndarray, level: Level) -> _Coded:
+        low, high = value_range(values, f"features of {level.name}")
+        wanted = max(self.step * float(values.std(dtype=np.float64)), (high - low) / (CODES - 1))
+        while True:
+            step = usable_step(np.array([wanted]))[0]
+            scaled = values.reshape(level.shape[0], -1) - np.float32(low)
+            scaled /= step
+            codes = np.rint(scaled).astype(np.uint8)
+            groups = _group(codes)
+            bases = _windows(codes, groups)
+            places = codes - bases[groups][:, None]  # wraps below 0 to far above the window
+            peaks = codes[places >= PEAK]
+            if len(peaks) <= _most_peaks(level):
+                break
+            wanted *= _WIDER
+        np.minimum(places, PEAK, out=places)
+        scaled -= codes
+        pairs = _in_pairs(places)
+        fractions = _fractions(pairs, scaled)
+        order = np.argsort(groups, kind="stable")
+        return _Coded(pairs[order], peaks, np.float32(low), step, bases, fractions, groups)
+
+    def _tables(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[_Tables]:
+        tables, count = column_of(columns, "feature_tables"), len(levels)
+        # a copy of its own starts at offset 0, which a view of another element size needs
+        scalars = tables[:, : 8 * count].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        bases, fractions, packed = torch.split(
+            tables[:, 8 * count :],
+            [count * GROUPS, count * PAIRS, tables.shape[1] - count * (8 + GROUPS + PAIRS)],
+            dim=1,
+        )
+        in_steps = fractions.contiguous().view(torch.int8).float() / FRACTION_UNIT
+        groups = torch.stack([packed >> 4, packed & 15], dim=2).flatten(1)
+        channels = [level.shape[0] for level in levels]
+        of_level = torch.split(groups[:, : sum(channels)], channels, dim=1)
+        return [
+            _Tables(
+                scalars[:, number],
+                scalars[:, count + number],
+                bases[:, number * GROUPS : (number + 1) * GROUPS].float(),
+                in_steps[:, number * PAIRS : (number + 1) * PAIRS],
+                of_level[number].long(),
+            )
+            for number in range(count)
+        ]
+
+    def decode(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> tuple[Tensor, ...]:
+        rows = torch.split(
+            column_of(columns, "features"), [level.shape[0] * _row_bytes(level) for level in levels], dim=1
+        )
+        peaks = column_of(columns, "feature_peaks")
+        before = torch.zeros(len(peaks), dtype=torch.int64, device=peaks.device)
+        decoded = []
+        for pairs, table, level in zip(rows, self._tables(columns, levels), levels, strict=True):
+            values = _inside(pairs, table, level)
+            missing = values.isinf()
+            counts = missing.flatten(1).sum(dim=1)
+            found = table.low[:, None] + peaks.float() * table.step[:, None]
+            values.masked_scatter_(missing, _joined(found, before, counts))
+            before = before + counts
+            decoded.append(values)
+        return tuple(decoded)
+
+    def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
+        return [table.step[:, None, None, None] for table in self._tables(columns, levels)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "step": self.step}
+
+
+def _row_bytes(level: Level) -> int:
+    """Return the bytes of a channel's pairs."""
+    return -(-level.shape[1] * level.shape[2] // 2)
+
+
+def _most_peaks(level: Level) -> int:
+    return level.size // PEAK_SHARE
+
+
+def _group(codes: np.ndarray) -> np.ndarray:
+    """Return the group 0..15 of each channel of codes (F, n): equal shares in the order of the mean code."""
+    order = np.argsort(codes.sum(axis=1, dtype=np.int64), kind="stable")
+    groups = np.empty(len(codes), np.uint8)
+    groups[order] = np.arange(len(codes)) * GROUPS // len(codes)
+    return groups
+
+
+def _windows(codes: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return for each group the first code, u8, of the window of 15 that holds most of its values."""
+    bases = np.zeros(GROUPS, np.uint8)
+    for group in range(GROUPS):
+        counts = np.bincount(codes[groups == group].ravel(), minlength=CODES)
+        sums = np.concatenate([[0], np.cumsum(counts)])
+        bases[group] = np.argmax(sums[PEAK:] - sums[:-PEAK])
+    return bases
+
+
+def _in_pairs(places: np.ndarray) -> np.ndarray:
+    """Return rows (F, n) of 4-bit numbers as (F, ceil(n / 2)) bytes; an odd row ends with a 0."""
+    left, right = places[:, 0::2], places[:, 1::2]
+    pairs = left << 4
+    pairs[:, : right.shape[1]] |= right
+    return pairs
+
+
+def _swapped(pairs: np.ndarray) -> np.ndarray:
+    return (pairs << 4) | (pairs >> 4)
+
+
+def _fractions(pairs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return int8 (256,): the mean offset from its code of a value, by its own and its neighbour's place.
+
+    Args:
+        pairs: (F, ceil(n / 2)). offsets: (F, n), in steps.
+    """
+    whole = offsets.shape[1] // 2
+    first, second = pairs.ravel(), _swapped(pairs[:, :whole]).ravel()
+    counts = np.bincount(first, minlength=PAIRS) + np.bincount(second, minlength=PAIRS)
+    sums = np.bincount(first, weights=offsets[:, 0::2].ravel(), minlength=PAIRS)
+    sums += np.bincount(second, weights=offsets[:, 1::2].ravel(), minlength=PAIRS)
+    means = sums / np.maximum(counts, 1) * FRACTION_UNIT
+    means[PEAK << 4 :] = 0  # a peak's own code is exact
+    return np.asarray(np.rint(means).clip(-FRACTION_MAX, FRACTION_MAX), np.int8)
+
+
+def _inside(pairs: Tensor, table: _Tables, level: Level) -> Tensor:
+    """Return a level's values (B, F, H, W), infinite where a peak belongs."""
+    batch, channels = table.groups.shape
+    order = torch.argsort(table.groups, dim=1, stable=True)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(channels, device=order.device).expand_as(order))
+    first = torch.arange(batch, device=order.device)[:, None]
+    rows = pairs.reshape(batch * channels, -1).index_select(0, (place + first * channels).flatten())
+    # one flat table of value pairs by (image, group, byte) and int32 indices: half the time of int64 ones
+    lookup = _lookup(table).view(-1, 2)
+    base = ((first * GROUPS + table.groups) * PAIRS).int().flatten()
+    values = lookup.index_select(0, (rows + base[:, None]).flatten()).view(batch, channels, -1)
+    cells = level.shape[1] * level.shape[2]
+    return values[:, :, :cells].reshape(batch, *level.shape)
+
+
+def _lookup(table: _Tables) -> Tensor:
+    """Return (B, 16, 256, 2): the two values that a byte stands for in each group."""
+    byte = torch.arange(PAIRS, device=table.low.device)
+    own = torch.stack([byte >> 4, byte & 15], dim=1)  # (256, 2)
+    swapped = own * 16 + own.flip(1)
+    places = own.float() + table.fractions[:, swapped]  # (B, 256, 2)
+    places = places.masked_fill(own == PEAK, torch.inf)
+    codes = places[:, None] + table.bases[:, :, None, None]
+    return codes.mul_(table.step[:, None, None, None]).add_(table.low[:, None, None, None])
+
+
+def _joined(rows: Tensor, start: Tensor, counts: Tensor) -> Tensor:
+    """Return counts[b] values of each of `rows` (B, L) from start[b] on, one row after the other.
+
+    What follows is of no meaning: the length is that of all rows, since nothing here may wait for a device.
+    """
+    ends = counts.cumsum(0)
+    number = torch.arange(rows.numel(), device=rows.device)
+    row = torch.searchsorted(ends, number, right=True).clamp_(max=len(rows) - 1)
+    column = (number - (ends - counts)[row] + start[row]).clamp_(min=0, max=rows.shape[1] - 1)
+    return rows[row, column]
