@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cache_kd.pipeline.api import Cache, extract, open_cache, train
+    from cache_kd.pipeline.api import Cache, extract, open_cache, run_recipe, train
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "extract", "open_cache", "train"]
+__all__ = ["Cache", "extract", "open_cache", "run_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:

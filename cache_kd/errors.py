@@ -41,6 +41,14 @@ class DiskSpaceError(CacheKDError, OSError):
         return Exception.__str__(self)
 
 
+class RecipeError(SettingError):
+    """A recipe cannot be run; `faults` says everything that is wrong with it, one line each, with file and line."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(self.faults))
+
+
 class AlarmError(CacheKDError, RuntimeError):
     """A distillation term, a target or a gradient has a value that makes the run worthless."""
 

@@ -115,9 +115,9 @@ def _teacher(out: Path, data: Path, seed: int) -> tuple[Row, Path]:
         "name": "teacher",
         "exist_ok": True,
     }
-    folder, metrics = train_stock(settings, threads=cpu_threads())
-    row = Row("teacher", metrics[MAP], metrics[MAP50], time.perf_counter() - before, 0, 0, 0)
-    return row, folder / "weights" / "best.pt"
+    done = train_stock(settings, threads=cpu_threads())
+    row = Row("teacher", done.metrics[MAP], done.metrics[MAP50], time.perf_counter() - before, 0, 0, 0)
+    return row, done.folder / "weights" / "best.pt"
 
 
 def _extraction(out: Path, checkpoint: Path, data: Path, seed: int) -> ExtractSettings:

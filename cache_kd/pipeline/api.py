@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import extract as run_extraction
 from cache_kd.pipeline.opened import Cache, open_cache
+from cache_kd.pipeline.recipes.execution import run_recipe_file
+from cache_kd.pipeline.recipes.results import RecipeResult
 from cache_kd.pipeline.sizes import parse_size
 from cache_kd.pipeline.training import Trained, TrainSettings
 from cache_kd.pipeline.training import train as run_training
 
-__all__ = ["Cache", "extract", "open_cache", "train"]
+__all__ = ["Cache", "extract", "open_cache", "run_recipe", "train"]
+LOG = logging.getLogger(__name__)
 _EXTRACT_OPTIONS = frozenset(ExtractSettings.__dataclass_fields__)
 
 
@@ -82,3 +86,17 @@ def train(
             settings=settings,
         )
     )
+
+
+def run_recipe(
+    path: str | Path, *, changes: Sequence[str] = (), jobs: int | None = None, dry_run: bool = False
+) -> RecipeResult:
+    """Run a recipe and return its plan and the records of its runs; what is done already is not done again.
+
+    Args:
+        changes: Words as of `--set`, such as "epochs=3". jobs: Runs at once. dry_run: Only check and plan.
+
+    Raises:
+        RecipeError: Something is wrong with the recipe; its `faults` say everything. CacheKDError: A file is missing.
+    """
+    return run_recipe_file(Path(path), changes=changes, jobs=jobs, dry_run=dry_run, say=LOG.info)

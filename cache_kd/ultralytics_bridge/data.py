@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
+from ultralytics.data.utils import IMG_FORMATS, check_det_dataset, img2label_paths
 
 from cache_kd.config import read_yaml
 from cache_kd.errors import InputDataError, MissingFileError
@@ -91,3 +91,17 @@ def _is_image(file: Path) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def split_files(data: dict[str, Any], split: str) -> tuple[list[str], list[str]]:
+    """Return the images of a split in the order of their names, and where the label of each would be."""
+    images: list[str] = []
+    for entry in data[split] if isinstance(data[split], list) else [data[split]]:
+        place = Path(entry)
+        if place.is_dir():
+            images += [str(file) for file in place.rglob("*.*") if _is_image(file)]
+        else:  # a text file of images; those that start with ./ lie beside it
+            lines = place.read_text(encoding="utf-8").split()
+            images += [str(place.parent / line[2:]) if line.startswith("./") else line for line in lines]
+    images.sort()
+    return images, img2label_paths(images)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from cache_kd.student.distiller import Distiller
 from cache_kd.student.loader import ViewLoader, ViewSampler
 from cache_kd.student.schedule import ViewSchedule
 from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
+from cache_kd.ultralytics_bridge.first_batch import NAME as FIRST_BATCH
+from cache_kd.ultralytics_bridge.first_batch import TeacherBoxes, draw_first_batch
 from cache_kd.ultralytics_bridge.gate import checkpoint_globals, readable
 from cache_kd.ultralytics_bridge.heads import describe_head
 from cache_kd.ultralytics_bridge.packed import PackedViews
@@ -67,6 +70,7 @@ class DistillPlan:
         check_data: called with a training set of images before the first epoch; raises when it is not the teacher's.
         packed: the views that the cache keeps itself, which replace images; None where it keeps none.
         record: what `cache_kd.yaml` in the run's folder says; a resumed run must agree with it.
+        boxes: the teacher's boxes of a view, for the picture of the first batch; None where the cache has no logits.
     """
 
     losses: tuple[LossSpec, ...]
@@ -81,6 +85,7 @@ class DistillPlan:
     check_data: Callable[[TrainingDataset], None]
     packed: PackedViews | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    boxes: TeacherBoxes | None = None
 
 
 class DistillTrainer(DetectionTrainer):
@@ -205,17 +210,20 @@ class DistillTrainer(DetectionTrainer):
         """Step as the stock trainer does, but clip student and adapters apart: jointly, adapters shrink the student."""
         self._watch_terms()  # before the step, which would spread what is not finite
         self.scaler.unscale_(self.optimizer)
+        self._clip_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    def _clip_gradients(self) -> None:
         student = unwrap_model(self.model)
         distiller = student._modules.get("kd")
         members = [parameter for name, parameter in student.named_parameters() if not name.startswith("kd.")]
         torch.nn.utils.clip_grad_norm_(members, max_norm=10.0)
         if isinstance(distiller, Distiller) and (adapters := distiller.adapters()):
             torch.nn.utils.clip_grad_norm_(adapters, max_norm=10.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update(self.model)
 
     # -- what is said about it --------------------------------------------------------------------------------------
 
@@ -252,6 +260,17 @@ class DistillTrainer(DetectionTrainer):
             )
             with log.open("a", encoding="utf-8") as file:
                 file.write(head + rows)
+
+    def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
+        """Draw the batch as the stock trainer does, the first one with the teacher's boxes, too."""
+        if ni == 0 and self.plan.boxes is not None:
+            keys = islice(self.train_loader.sampler, len(batch["img"]))
+            drawn = draw_first_batch(
+                self.save_dir / FIRST_BATCH, batch, [index for _, _, index in keys], self.plan.boxes
+            )
+            if drawn is not None:
+                self.on_plot(drawn)
+        super().plot_training_samples(batch, ni)
 
     def label_loss_items(self, loss_items: Any = None, prefix: str = "train") -> Any:
         labelled = super().label_loss_items(loss_items, prefix)

@@ -1,0 +1,1 @@
+"""Recipes: complete studies in one YAML file, checked, planned, run and recorded."""

@@ -1,0 +1,386 @@
+"""In: a recipe. Out: what is to be made and trained, what of it is there already, what the rest will take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cache_kd.cache.manifest import load_manifest
+from cache_kd.errors import CacheKDError
+from cache_kd.fingerprint import digest_json, digest_sources, scan_sources
+from cache_kd.pipeline.extract_settings import DEFAULT_FIDELITY, ExtractSettings
+from cache_kd.pipeline.extraction import Plan, make_plan
+from cache_kd.pipeline.locations import caches_folder
+from cache_kd.pipeline.recipes.forecasts import cache_costs
+from cache_kd.pipeline.recipes.identity import cache_key, run_fingerprint, split_identity, student_identity
+from cache_kd.pipeline.recipes.recipe import COTRAINED, ONLINE, ArmEntry, CacheEntry, Recipe
+from cache_kd.report.record import FILE, RunRecord
+from cache_kd.structures import View
+from cache_kd.ultralytics_bridge.data import load_data, split_files
+from cache_kd.ultralytics_bridge.trainer import fixed_overrides
+
+RUNS = Path("runs")
+STATE, ERROR, LOG = "state.json", "error.txt", "log.txt"
+"""In a run's folder: how far it came, until it is done; why it failed; what its process said."""
+DONE, RESUME, OPEN, CHANGED = "done", "resume", "open", "changed"
+
+
+@dataclass(frozen=True)
+class CacheTask:
+    """A cache of the recipe.
+
+    Attributes:
+        views: those that it must hold. done: whether it holds them. needed: whether an open run reads it, or a cache
+            that one reads comes from it. extraction: what makes it, None for a recoding, whose options are `settings`.
+            seconds, bytes: what making it takes, None where that is not known.
+    """
+
+    name: str
+    path: Path
+    views: tuple[View, ...]
+    done: bool
+    needed: bool
+    recode: str | None
+    extraction: ExtractSettings | None
+    settings: Mapping[str, Any]
+    data: Path
+    seconds: float | None = None
+    bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """One training with all that it needs; JSON holds it, for the process that does it.
+
+    Attributes:
+        overrides: settings of the pixels, for trainers of Ultralytics'. cache: folder, None without. views,
+            plain_views: those of the cache to show. teacher: beside the run, None without.
+    """
+
+    recipe: str
+    study: str
+    arm: str
+    mode: str
+    seed: int
+    student: str
+    teacher: str | None
+    data: str
+    imgsz: int
+    split: str
+    judge: str
+    losses: tuple[str, ...]
+    balance: float | None
+    cache: str | None
+    views: int | None
+    plain_views: int | None
+    settings: dict[str, Any]
+    overrides: dict[str, Any]
+    imports: tuple[str, ...]
+    trust_teacher: bool
+    trust_student: bool
+    fingerprint: str
+    folder: str
+    threads: int = 1
+
+    def to_json(self) -> str:
+        """Return the task as one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RunTask:
+        """Return the task in a line of `to_json`."""
+        content = json.loads(text)
+        tuples = {key: tuple(content[key]) for key in ("losses", "imports")}
+        return cls(**{**content, **tuples})
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run and how it stands: `done`, `resume`, `open`, or `changed`: another one lies in its folder.
+
+    `cache` is the recipe's name of the cache that it reads; `seconds` are expected, None where nothing tells.
+    """
+
+    task: RunTask
+    status: str
+    cache: str | None
+    seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.task.folder).name
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """Everything that a recipe asks for, in the order in which it is done; `changes`: the words of `--set`."""
+
+    recipe: Recipe
+    caches: tuple[CacheTask, ...]
+    runs: tuple[PlannedRun, ...]
+    folder: Path
+    changes: tuple[str, ...] = ()
+
+    @property
+    def left(self) -> tuple[PlannedRun, ...]:
+        return tuple(run for run in self.runs if run.status != DONE)
+
+
+def make_recipe_plan(recipe: Recipe, say: Callable[[str], None]) -> RecipePlan:
+    """Look at the teacher, the data and what is there already; nothing is written.
+
+    Raises:
+        CacheKDError: One line about a file that cannot be used.
+    """
+    folder = (RUNS / recipe.name).absolute()
+    extractions = Extractions(recipe, say)
+    images = extractions.base.sources
+    judged = {"weights": recipe.judge, **split_identity(recipe.data, recipe.split)}
+    if recipe.judge == "best":  # chosen on the validation images
+        judged["chosen_on"] = digest_sources(scan_sources(*split_files(load_data(recipe.data), "val")))
+    runs = []
+    for seed in recipe.seeds:  # outermost: whatever ends early has all arms of the first seeds
+        for arm in recipe.arms:
+            task = _task(recipe, arm, seed, folder, extractions, judged, digest_sources(images))
+            runs.append(PlannedRun(task, _status(task), arm.cache))
+    runs = expected(runs)
+    needed = {run.cache for run in runs if run.status != DONE and run.cache is not None}
+    return RecipePlan(recipe, extractions.forecasts(extractions.tasks(needed)), tuple(runs), folder)
+
+
+class Extractions:
+    """What the extractions of a recipe would do; each is planned once, and one teacher serves those that differ little.
+
+    Attributes:
+        base: the plan of an extraction with the recipe's teacher, data and augmentation.
+    """
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.recipe, self._say = recipe, say
+        self._plans: dict[str, Plan] = {}
+        roots = [entry for entry in recipe.caches.values() if entry.recode is None]
+        self.base = make_plan(self._settings(roots[0] if roots else None), say)
+        self._plans = {entry.name: self._plan(entry) for entry in roots}
+
+    def _settings(self, entry: CacheEntry | None) -> ExtractSettings:
+        given: dict[str, Any] = dict(entry.settings) if entry else {}
+        for key in ("store", "taps"):
+            if key in given:
+                given[key] = tuple(given[key])
+        if "device" in given:
+            given["device"] = str(given["device"])
+        recipe = self.recipe
+        return ExtractSettings(
+            recipe.teacher,
+            data=recipe.data,
+            imgsz=recipe.imgsz,
+            trust_teacher=recipe.trust_teacher,
+            imports=recipe.imports,
+            augment=recipe.augment,
+            **given,
+        )
+
+    def _plan(self, entry: CacheEntry) -> Plan:
+        settings, base = self._settings(entry), self.base
+        same = all(
+            getattr(settings, key) == getattr(base.settings, key) for key in ("taps", "pack", "precision", "store")
+        )
+        return replace(base, settings=settings) if same else make_plan(settings, lambda _: None)
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        """The digests of the identities of the caches that are extracted."""
+        return {
+            name: digest_json(plan.identity(plan.codec(plan.settings.fidelity or DEFAULT_FIDELITY)))
+            for name, plan in self._plans.items()
+        }
+
+    def key(self, cache: str) -> dict[str, Any]:
+        """Return what the targets of any of the recipe's caches depend on."""
+        return cache_key(cache, self._identities, self.recipe.caches)
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """The folders of the caches: an extraction's default one, for other recipes and `cache-kd train` too."""
+        return {name: self._path(name) for name in self.recipe.caches}
+
+    def _path(self, cache: str) -> Path:
+        entry = self.recipe.caches[cache]
+        if entry.recode is None:
+            plan = self._plans[cache]
+            return plan.path(plan.codec(plan.settings.fidelity or DEFAULT_FIDELITY))
+        name = f"{self.recipe.data.stem}-{self.recipe.teacher.stem}-recoded-{digest_json(self.key(cache))[:8]}"
+        return caches_folder() / name
+
+    def views(self, cache: str) -> tuple[View, ...]:
+        """Return the views that a cache must hold."""
+        return tuple(self._plans[self.recipe.root(cache).name].settings.view_list)
+
+    def tasks(self, used: set[str]) -> tuple[CacheTask, ...]:
+        """Return the recipe's caches, sources before what is recoded from them; `used`: those that open runs read."""
+        done = {name: {*self.views(name)} <= _held(self.paths[name]) for name in self.recipe.caches}
+        needed = set(used)
+        for name in used:  # an open cache needs its source, and that one its own
+            while not done[name] and (source := self.recipe.caches[name].recode) is not None:
+                needed.add(source)
+                name = source
+        return tuple(self._cache_task(name, done[name], name in needed) for name in _in_order(self.recipe.caches))
+
+    def _cache_task(self, name: str, done: bool, needed: bool) -> CacheTask:
+        path, entry = self.paths[name], self.recipe.caches[name]
+        extraction = None if entry.recode else replace(self._plans[name].settings, cache=path)
+        views, data = self.views(name), self.recipe.data
+        return CacheTask(name, path, views, done, needed and not done, entry.recode, extraction, entry.settings, data)
+
+    def forecasts(self, tasks: Sequence[CacheTask]) -> tuple[CacheTask, ...]:
+        """Return the tasks with what the open ones take, by a sample of their views."""
+        found = []
+        for task in tasks:
+            costs: dict[str, Any] = {}
+            if task.needed:
+                held = _held(task.path)
+                missing = [view for view in task.views if view not in held]
+                plan = self._plans[self.recipe.root(task.name).name]
+                costs = cache_costs(plan, self.recipe, task.name, missing)
+            found.append(replace(task, **costs))
+        return tuple(found)
+
+
+def _in_order(entries: Mapping[str, CacheEntry]) -> list[str]:
+    """Return the names of caches, each after its source."""
+
+    def depth(name: str) -> int:
+        source = entries[name].recode
+        return 0 if source is None else 1 + depth(source)
+
+    return sorted(entries, key=depth)
+
+
+def _held(path: Path) -> set[View]:
+    """Return the views that a complete cache holds; none where there is no such cache."""
+    try:
+        return {*load_manifest(path).views}
+    except CacheKDError:
+        return set()
+
+
+def _task(
+    recipe: Recipe,
+    arm: ArmEntry,
+    seed: int,
+    folder: Path,
+    extractions: Extractions,
+    judged: Mapping[str, Any],
+    images: Mapping[str, Any],
+) -> RunTask:
+    base = extractions.base
+    teacher = arm.mode in (ONLINE, COTRAINED)
+    shown: tuple[int | None, int | None] = (None, None)
+    cache = None
+    overrides = fixed_overrides(base.recipe, base.imgsz)
+    if arm.cache is not None:
+        mixed, plain = recipe.counts(arm.cache)
+        shown = (arm.views or mixed, plain)
+        cache = {**extractions.key(arm.cache), "views": list(shown)}
+        if not arm.losses:  # the same pixels, whatever the targets: one plain run serves every fidelity
+            cache = {"pixels": _pixels(base, recipe, arm.cache), "views": list(shown)}
+    fingerprint = run_fingerprint(
+        mode=arm.mode,
+        student=student_identity(arm.student),
+        teacher=base.teacher_record["weights_sha256"] if teacher else None,
+        data={} if arm.cache is not None else {**images, "overrides": {k: overrides[k] for k in sorted(overrides)}},
+        cache=cache,
+        losses=arm.losses,
+        balance=arm.balance,
+        settings=arm.settings,
+        seed=seed,
+        judge=judged,
+    )
+    return RunTask(
+        recipe=recipe.name,
+        study=recipe.question,
+        arm=arm.name,
+        mode=arm.mode,
+        seed=seed,
+        student=arm.student,
+        teacher=str(recipe.teacher.absolute()) if teacher else None,
+        data=str(recipe.data.absolute()),
+        imgsz=recipe.imgsz,
+        split=recipe.split,
+        judge=recipe.judge,
+        losses=arm.losses,
+        balance=arm.balance,
+        cache=str(extractions.paths[arm.cache].absolute()) if arm.cache is not None else None,
+        views=shown[0],
+        plain_views=shown[1],
+        settings=dict(arm.settings),
+        overrides=overrides,
+        imports=tuple(str(file.absolute()) for file in recipe.imports),
+        trust_teacher=recipe.trust_teacher,
+        trust_student=recipe.trust_student,
+        fingerprint=fingerprint,
+        folder=str(folder / f"{arm.folder}-s{seed}"),
+    )
+
+
+def _pixels(base: Plan, recipe: Recipe, cache: str) -> dict[str, Any]:
+    """Return what the pixels of a cache's views depend on."""
+    settings = recipe.root(cache).settings
+    return {
+        "data": digest_sources(base.sources),
+        "recipe": base.recipe.to_json(),
+        "imgsz": base.imgsz,
+        "seed": settings.get("seed", 0),
+        "pack": settings.get("pack", "none"),
+    }
+
+
+def _status(task: RunTask) -> str:
+    """Return how a run stands, by the files in its folder."""
+    folder = Path(task.folder)
+    try:
+        return DONE if RunRecord.read(folder / FILE).fingerprint == task.fingerprint else CHANGED
+    except CacheKDError:
+        pass
+    held = read_state(folder)
+    if held is None:
+        return OPEN
+    return RESUME if held.get("fingerprint") == task.fingerprint else CHANGED
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Return what an unfinished run noted in its folder; None if there is none."""
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def expected(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Return the runs with the seconds that those like them took: of the same arm, else of mode, student and length."""
+    finished: list[tuple[RunTask, float]] = []
+    for run in runs:
+        if run.status == DONE:
+            seconds = RunRecord.read(Path(run.task.folder) / FILE).cost.seconds
+            if seconds is not None:
+                finished.append((run.task, seconds))
+
+    def mean(alike: Callable[[RunTask], bool]) -> float | None:
+        found = [seconds for task, seconds in finished if alike(task)]
+        return sum(found) / len(found) if found else None
+
+    def guess(task: RunTask) -> float | None:
+        size = ("student", "imgsz")
+        sized = [(done, s) for done, s in finished if all(getattr(done, k) == getattr(task, k) for k in size)]
+        a_epoch = [s / done.settings["epochs"] for done, s in sized if done.mode == task.mode]
+        same = mean(lambda done: done.arm == task.arm)
+        if same is not None:
+            return same
+        return sum(a_epoch) / len(a_epoch) * task.settings["epochs"] if a_epoch else None
+
+    return [replace(run, seconds=guess(run.task)) if run.status != DONE else run for run in runs]
