@@ -71,7 +71,7 @@ def test_items_that_scatter_ask_for_more_up_to_the_limit(most: int, expected: in
 
 
 def test_it_stops_once_the_mean_is_known() -> None:
-    found = look(0.25)
+    found = look(0.6)
     assert ITEMS < found.items < MOST_ITEMS and found.error("default") <= TOLERANCE
 
 
