@@ -1,0 +1,47 @@
+"""In: sections. Out: the same as Markdown, plots left to the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from cache_kd.report.blocks import Block, Items, Plots, Section, Table, Text
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#&])")
+
+
+def markdown(title: str, subtitle: Sequence[str], sections: Sequence[Section], footer: str) -> str:
+    """Return the report as Markdown text."""
+    parts = [f"# {plain(title)}", *map(plain, subtitle)]
+    for section in sections:
+        parts += _section(section, 2)
+    return "\n\n".join([*parts, plain(footer)]) + "\n"
+
+
+def plain(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _section(section: Section, level: int) -> Iterator[str]:
+    yield f"{'#' * level} {plain(section.title)}"
+    for block in section.blocks:
+        yield from _block(block, level)
+
+
+def _block(block: Block, level: int) -> Iterator[str]:
+    match block:
+        case Text(text):
+            yield plain(text)
+        case Items(items):
+            yield "\n".join(f"- {plain(item)}" for item in items)
+        case Table():
+            yield f"{plain(block.caption)}:"
+            rows = (block.head, ("---",) * len(block.head), *block.rows)
+            yield "\n".join(
+                f"| {' | '.join(cell if row is rows[1] else plain(cell) for cell in row)} |" for row in rows
+            )
+        case Plots(plots):
+            yield "\n".join(f"- {plain(plot.title)} (plot: report.html). {plain(plot.words)}" for plot in plots)
+        case Section():
+            yield from _section(block, level + 1)
