@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cache_kd.codecs.features import CODES, Level, checked_maps, column_of, usable_step, value_range
+from cache_kd.errors import DamagedCacheError
 from cache_kd.structures import Column
 
 # A table's fraction of a step is an int8 in units of 1/254, held inside ±126/254 so that half a step of rounding plus
@@ -32,6 +33,7 @@ PAIRS = 256
 PEAK_SHARE = 4
 """At most one in this many values of a level is a peak; its step grows until that holds."""
 _WIDER = 1.25
+_SCALARS = 12  # bytes a level: lo, step, number of peaks
 
 
 class _Coded(NamedTuple):
@@ -48,10 +50,11 @@ class _Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tables:
-    """Of one level and a batch: low (B,), step (B,), bases (B, 16), fractions (B, 256) in steps, groups (B, F)."""
+    """Of one level and a batch: low, step and peaks (B,), bases (B, 16), fractions (B, 256) in steps, groups (B, F)."""
 
     low: Tensor
     step: Tensor
+    peaks: Tensor
     bases: Tensor
     fractions: Tensor
     groups: Tensor
@@ -70,8 +73,8 @@ class PairFeatures:
 
     Columns: `features` (pairs of a level: (F, ceil(H·W / 2)), channels by group, then by number; the first value of a
     pair in the high half), `feature_peaks` (ragged: codes of all levels), `feature_tables`: raw little-endian bytes:
-    float32 lo of each level, float32 step of each level, u8 bases (levels, 16), int8 fractions (levels, 256) in units
-    of 1/254 by 16 · own place + neighbour's, then the groups of all channels, two a byte.
+    float32 lo, float32 step and u32 number of peaks of each level, u8 bases (levels, 16), int8 fractions (levels, 256)
+    in units of 1/254 by 16 · own place + neighbour's, then the groups of all channels, two a byte.
 
     Attributes:
         step: in standard deviations of the level's values.
@@ -83,7 +86,7 @@ class PairFeatures:
     def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
         peaks = sum(_most_peaks(level) for level in levels)
         channels = sum(level.shape[0] for level in levels)
-        tables = len(levels) * (8 + GROUPS + PAIRS) + (channels + 1) // 2
+        tables = len(levels) * (_SCALARS + GROUPS + PAIRS) + (channels + 1) // 2
         return (
             Column("features", "u1", (sum(level.shape[0] * _row_bytes(level) for level in levels),)),
             Column("feature_peaks", "u1", (max(1, peaks),), ragged=True),
@@ -94,9 +97,11 @@ class PairFeatures:
         maps = checked_maps(features, levels)
         coded = [self._encode_level(values, level) for values, level in zip(maps, levels, strict=True)]
         scalars = np.array([[level.low for level in coded], [level.step for level in coded]], "<f4")
+        counts = np.array([len(level.peaks) for level in coded], "<u4")
         groups = np.concatenate([level.groups for level in coded])
         tables = [
             scalars.view(np.uint8).ravel(),
+            counts.view(np.uint8),
             *(level.bases for level in coded),
             *(level.fractions.view(np.uint8) for level in coded),
             _in_pairs(groups[None])[0],
@@ -132,20 +137,22 @@ class PairFeatures:
     def _tables(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[_Tables]:
         tables, count = column_of(columns, "feature_tables"), len(levels)
         # a copy of its own starts at offset 0, which a view of another element size needs
-        scalars = tables[:, : 8 * count].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        bases, fractions, packed = torch.split(
-            tables[:, 8 * count :],
-            [count * GROUPS, count * PAIRS, tables.shape[1] - count * (8 + GROUPS + PAIRS)],
+        scalars, bases, fractions, packed = torch.split(
+            tables,
+            [_SCALARS * count, GROUPS * count, PAIRS * count, tables.shape[1] - count * (_SCALARS + GROUPS + PAIRS)],
             dim=1,
         )
+        scalars = scalars.clone(memory_format=torch.contiguous_format)
+        floats, counts = scalars.view(torch.float32), scalars.view(torch.int32)
         in_steps = fractions.contiguous().view(torch.int8).float() / FRACTION_UNIT
         groups = torch.stack([packed >> 4, packed & 15], dim=2).flatten(1)
         channels = [level.shape[0] for level in levels]
         of_level = torch.split(groups[:, : sum(channels)], channels, dim=1)
         return [
             _Tables(
-                scalars[:, number],
-                scalars[:, count + number],
+                floats[:, number],
+                floats[:, count + number],
+                counts[:, 2 * count + number],
                 bases[:, number * GROUPS : (number + 1) * GROUPS].float(),
                 in_steps[:, number * PAIRS : (number + 1) * PAIRS],
                 of_level[number].long(),
@@ -158,16 +165,15 @@ class PairFeatures:
             column_of(columns, "features"), [level.shape[0] * _row_bytes(level) for level in levels], dim=1
         )
         peaks = column_of(columns, "feature_peaks")
-        before = torch.zeros(len(peaks), dtype=torch.int64, device=peaks.device)
+        place = torch.arange(peaks.shape[1], device=peaks.device)
+        start = torch.zeros(len(peaks), 1, dtype=torch.int64, device=peaks.device)
         decoded = []
         for pairs, table, level in zip(rows, self._tables(columns, levels), levels, strict=True):
-            values = _inside(pairs, table, level)
-            missing = values.isinf()
-            counts = missing.flatten(1).sum(dim=1)
-            found = table.low[:, None] + peaks.float() * table.step[:, None]
-            values.masked_scatter_(missing, _joined(found, before, counts))
-            before = before + counts
-            decoded.append(values)
+            end = start + table.peaks[:, None]
+            own = (place >= start) & (place < end)
+            beyond = (table.low[:, None] + peaks.float() * table.step[:, None])[own]
+            decoded.append(_decoded_level(pairs, table, level, beyond))
+            start = end
         return tuple(decoded)
 
     def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
@@ -232,19 +238,34 @@ def _fractions(pairs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(means).clip(-FRACTION_MAX, FRACTION_MAX), np.int8)
 
 
-def _inside(pairs: Tensor, table: _Tables, level: Level) -> Tensor:
-    """Return a level's values (B, F, H, W), infinite where a peak belongs."""
+def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -> Tensor:
+    """Return a level's values (B, F, H, W); `peaks` are those of the batch, in order."""
     batch, channels = table.groups.shape
     order = torch.argsort(table.groups, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, torch.arange(channels, device=order.device).expand_as(order))
     first = torch.arange(batch, device=order.device)[:, None]
     rows = pairs.reshape(batch * channels, -1).index_select(0, (place + first * channels).flatten())
-    # one flat table of value pairs by (image, group, byte) and int32 indices: half the time of int64 ones
-    lookup = _lookup(table).view(-1, 2)
+    # One flat table by (image, group, byte), a pair of float32 moved as one number of 64 bits, int32 indices: a third of
+    # the time that rows of two and int64 indices take.
     base = ((first * GROUPS + table.groups) * PAIRS).int().flatten()
-    values = lookup.index_select(0, (rows + base[:, None]).flatten()).view(batch, channels, -1)
+    both = _lookup(table).view(torch.int64).flatten()
+    values = both.index_select(0, (rows + base[:, None]).flatten()).view(torch.float32)
+    missing = _peak_places(rows.flatten())
+    if len(missing) != len(peaks):
+        raise DamagedCacheError(
+            f"features of {level.name}: {len(missing)} peaks are marked, {len(peaks)} are stored; run cache-kd verify"
+        )
+    values[missing] = peaks
     cells = level.shape[1] * level.shape[2]
-    return values[:, :, :cells].reshape(batch, *level.shape)
+    return values.view(batch, channels, -1)[:, :, :cells].reshape(batch, *level.shape)
+
+
+def _peak_places(pairs: Tensor) -> Tensor:
+    """Return where in the values of `pairs` (n,), two each, peaks belong; bytes are fewer to search than values."""
+    found = ((pairs >= PEAK << 4) | ((pairs & PEAK) == PEAK)).nonzero().squeeze(1)
+    byte = pairs[found]
+    is_peak = torch.stack([byte >> 4, byte & PEAK], dim=1) == PEAK
+    return torch.stack([2 * found, 2 * found + 1], dim=1)[is_peak]
 
 
 def _lookup(table: _Tables) -> Tensor:
@@ -253,18 +274,5 @@ def _lookup(table: _Tables) -> Tensor:
     own = torch.stack([byte >> 4, byte & 15], dim=1)  # (256, 2)
     swapped = own * 16 + own.flip(1)
     places = own.float() + table.fractions[:, swapped]  # (B, 256, 2)
-    places = places.masked_fill(own == PEAK, torch.inf)
     codes = places[:, None] + table.bases[:, :, None, None]
     return codes.mul_(table.step[:, None, None, None]).add_(table.low[:, None, None, None])
-
-
-def _joined(rows: Tensor, start: Tensor, counts: Tensor) -> Tensor:
-    """Return counts[b] values of each of `rows` (B, L) from start[b] on, one row after the other.
-
-    What follows is of no meaning: the length is that of all rows, since nothing here may wait for a device.
-    """
-    ends = counts.cumsum(0)
-    number = torch.arange(rows.numel(), device=rows.device)
-    row = torch.searchsorted(ends, number, right=True).clamp_(max=len(rows) - 1)
-    column = (number - (ends - counts)[row] + start[row]).clamp_(min=0, max=rows.shape[1] - 1)
-    return rows[row, column]
