@@ -245,8 +245,8 @@ def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -
     place = torch.empty_like(order).scatter_(1, order, torch.arange(channels, device=order.device).expand_as(order))
     first = torch.arange(batch, device=order.device)[:, None]
     rows = pairs.reshape(batch * channels, -1).index_select(0, (place + first * channels).flatten())
-    # One flat table by (image, group, byte), a pair of float32 moved as one number of 64 bits, int32 indices: a third of
-    # the time that rows of two and int64 indices take.
+    # One flat table by (image, group, byte), a pair of float32 moved as one number of 64 bits, int32 indices: a third
+    # of the time that rows of two and int64 indices take.
     base = ((first * GROUPS + table.groups) * PAIRS).int().flatten()
     both = _lookup(table).view(torch.int64).flatten()
     values = both.index_select(0, (rows + base[:, None]).flatten()).view(torch.float32)
