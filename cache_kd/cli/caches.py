@@ -12,21 +12,47 @@ import click
 from cache_kd.cli.group import main
 from cache_kd.cli.output import PATH, Progress, quiet
 
+PICTURE_OPTIONS = ("image", "view", "student", "teacher", "data", "trust_student", "trust_teacher", "imports")
+
 
 @main.command()
 @click.argument("cache", type=PATH)
+@click.option("--out", type=PATH, help="Draw pictures into this folder: of a view, or a sheet of several.")
+@click.option("--image", help="Number or name of an image; default: a few.")
+@click.option("--view", help="3, mixed:3 or plain:0; default: all views.")
+@click.option("--student", type=PATH, help="Draw this checkpoint's boxes, too.")
+@click.option("--teacher", type=PATH, help="The cache's teacher: draw what the codec changed of what it says.")
+@click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
+@click.option("--trust-student", is_flag=True, help="Let the student's file run code while it loads.")
+@click.option("--trust-teacher", is_flag=True, help="Let the teacher's file run code while it loads.")
+@click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-def inspect(cache: Path, as_json: bool) -> None:
-    """Say what a cache holds and what it was made from.
+def inspect(cache: Path, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Say what a cache holds and what it was made from; with --out draw views of it.
+
+    Of one view: labels beside the teacher's boxes, its maps as heat, and what the codec keeps of them.
 
     \b
     cache-kd inspect kd_cache/bccd-best-1a2b3c4d
+    cache-kd inspect kd_cache/bccd-best-1a2b3c4d --out pictures
+    cache-kd inspect kd_cache/bccd-best-1a2b3c4d --image 5 --view plain:0 --out pictures
     """
+    if out is None and (given := [name for name in PICTURE_OPTIONS if options[name]]):
+        option = "import" if given[0] == "imports" else given[0].replace("_", "-")
+        raise click.UsageError(f"--{option} is about pictures; say where to draw them: --out pictures.")
     with quiet(as_json):
         from cache_kd.pipeline.inspection import describe, lines
 
         facts = describe(cache)
-    click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
+        if out is not None:
+            from cache_kd.pipeline.pictures import PictureSettings, draw
+
+            drawn = draw(cache, PictureSettings(out, **options))
+            facts["pictures"], facts["notes"] = list(map(str, drawn.files)), list(drawn.notes)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    click.echo("\n".join([*map(str, drawn.files), *drawn.notes] if out is not None else lines(facts)))
 
 
 @main.command()

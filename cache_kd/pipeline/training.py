@@ -21,6 +21,7 @@ from cache_kd.pipeline.default_losses import default_losses
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.packed import check_class_names, check_decoder
+from cache_kd.pipeline.stored_boxes import stored_boxes
 from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data
@@ -206,6 +207,7 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
         check_data=check_data,
         packed=cache.packed,
         record={**_record(cache, losses, settings), **({"decoder_difference": difference} if cache.packing else {})},
+        boxes=stored_boxes(cache),
     )
 
 

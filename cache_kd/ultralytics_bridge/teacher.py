@@ -44,33 +44,34 @@ class Checkpoint:
     structure_sha256: str
 
 
-def load_teacher(path: Path, *, trusted: bool = False) -> Checkpoint:
+def load_teacher(path: Path, *, trusted: bool = False, role: str = "teacher") -> Checkpoint:
     """Return the checkpoint's model (EMA weights where it has them), fp32, eval mode, never fused.
 
     Args:
         path: An Ultralytics detection checkpoint.
         trusted: Allow the file to run code while it loads, as Ultralytics does by default.
+        role: What the checkpoint is to the command, for messages: "teacher", or "student" to look at one.
 
     Raises:
         MissingFileError: No such file (it is never downloaded).
         InputDataError: Not a checkpoint, one that needs `--trust-teacher`, or a model of another task.
     """
     if not path.is_file():
-        raise MissingFileError(f"teacher {path}: no such file; name an existing checkpoint: --teacher best.pt")
+        raise MissingFileError(f"{role} {path}: no such file; name an existing checkpoint: --{role} best.pt")
     if path.suffix != ".pt":
-        raise InputDataError(f"teacher {path} is not a checkpoint; allowed: a file ending in .pt, as best.pt")
+        raise InputDataError(f"{role} {path} is not a checkpoint; allowed: a file ending in .pt, as best.pt")
     sha256 = digest_file(path)
     if trusted:
-        announce_trusted("teacher", path)
-    with safe_loading(trusted=trusted), readable("teacher", path, "--trust-teacher"):
+        announce_trusted(role, path)
+    with safe_loading(trusted=trusted), readable(role, path, f"--trust-{role}"):
         model, content = load_checkpoint(str(path), device="cpu")
-    if detect_head(model, f"teacher {path}").cv2 is None or is_fused(model):
-        raise InputDataError(f"teacher {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
+    if detect_head(model, f"{role} {path}").cv2 is None or is_fused(model):
+        raise InputDataError(f"{role} {path} is fused; use the checkpoint that training wrote, as weights/best.pt")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise InputDataError(
-                f"teacher {path}: {count} of {tensor.numel()} values of {name} are not finite; use another checkpoint, "
+                f"{role} {path}: {count} of {tensor.numel()} values of {name} are not finite; use another checkpoint, "
                 "such as the best.pt of its training"
             )
     for parameter in model.parameters():
