@@ -16,8 +16,13 @@ from typing import Any
 
 from click.testing import CliRunner
 
+from cache_kd.cache.layout import stored_columns as with_lengths
 from cache_kd.cli import main
+from cache_kd.codecs import FIDELITIES, ViewCodec
 from cache_kd.losses.catalogue import catalogue, cost_in_words, needs_in_words, setting
+from cache_kd.pipeline.contents import stored_columns
+from cache_kd.structures import Column, HeadSpec, Tap
+from cache_kd.views.packing import JpegPixels
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -27,6 +32,24 @@ WIDTH = 100
 HELP = re.compile(r"(?P<head><!-- help:(?P<name>[^\n]*?) -->\n+```\w*\n)(?P<body>.*?)(?P<foot>^```$)", re.M | re.S)
 TABLE = re.compile(r"(?P<head><!-- table:(?P<name>[^\n]*?) -->\n)(?P<body>.*?)(?P<foot>^<!-- end -->$)", re.M | re.S)
 STAGES = ("early", "middle", "late")
+LENGTH = "bytes of the row before it that are meant"
+MEANINGS = {
+    "features": "coded maps of P3, P4, P5 in a row; see below",
+    "feature_tables": "what the codes are read with; see below",
+    "feature_peaks": "the codes that are in no window; see below",
+    "feature_peaks_length": LENGTH,
+    "score_map": "(A): largest class probability of each anchor: its logit in steps of 1/8; `exact`: itself",
+    "logits": "sparse class and box logits; see below",
+    "logits_length": LENGTH,
+    "scores": "(A, C): class logits",
+    "boxes": "(A, 4·R): box logits minus their largest a side, sides l, t, r, b; R = 1: distances in strides",
+    "hold_stats": "mean, and sum of squared deviations, of each channel of the head's hold features",
+    "pixels": "the view as a JPEG or PNG file of (H, W) RGB",
+    "pixels_length": LENGTH,
+    "labels": "boxes of the view, five float32 each: class, then x, y, w, h as shares of its side",
+    "labels_length": LENGTH,
+    "pixel_hash": "blake2b-64 of the view's C-order (3, H, W) RGB bytes",
+}
 
 
 def help_text(command: str) -> str:
@@ -107,11 +130,33 @@ def every_loss_table() -> str:
     return rows(["run", "term", "epoch 1", "last epoch", "share: median [range]", "warnings"], body)
 
 
+def format_columns_table() -> str:
+    """Return the arrays of a view, of each codec's kind: dtype and row for a YOLOv8s with 3 classes at 640 pixels."""
+    taps = (Tap("P3", 128, 8), Tap("P4", 256, 16), Tap("P5", 512, 32))
+    hold = (128, 256, 512, *([64] * 2 + [128] * 2) * 3)
+    head = HeadSpec(taps, 16, ("a", "b", "c"), hold=hold)
+    found: dict[Column, list[str]] = {}
+    for name in FIDELITIES:
+        columns = stored_columns(ViewCodec.create(name, head, 640, ("features", "logits")), JpegPixels())
+        for column in with_lengths(columns):
+            found.setdefault(column, []).append(name)
+    body = []
+    for column, names in sorted(found.items(), key=lambda item: list(MEANINGS).index(item[0].name)):
+        how = [word for word, said in (("ragged", column.ragged), ("whole", column.whole)) if said]
+        row = ", ".join(str(size) for size in column.shape)
+        which = "every cache" if len(names) == len(FIDELITIES) else ", ".join(names)
+        which = "packed caches" if column.name.startswith(("pixels", "labels")) else which
+        cells = [f"`{column.name}`", f"{column.dtype} ({row})", ", ".join([*how, column.compressor]), which]
+        body.append([*cells, MEANINGS[column.name]])
+    return rows(["array", "dtype, row", "kept", "in", "what it is"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "losses": losses_table,
     "options": options_table,
     "weights": weights_table,
     "every-loss": every_loss_table,
+    "format-columns": format_columns_table,
 }
 
 
