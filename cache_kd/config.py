@@ -142,6 +142,7 @@ def read_marked(path: Path) -> MarkedYaml:
     if not isinstance(node, yaml.MappingNode):
         marked.faults.append((f"{path}:1", "must hold `key: value` lines"))
         return marked
+    marked.places[()] = f"{path}:1"
     marked.content = marked._table(node, (), (id(node),))
     return marked
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -146,8 +147,8 @@ def make_recipe_plan(recipe: Recipe, say: Callable[[str], None]) -> RecipePlan:
     for seed in recipe.seeds:  # outermost: whatever ends early has all arms of the first seeds
         for arm in recipe.arms:
             task = _task(recipe, arm, seed, folder, extractions, judged, digest_sources(images))
-            runs.append(PlannedRun(task, _status(task), arm.cache))
-    runs = expected(runs)
+            runs.append(PlannedRun(task, run_status(task), arm.cache))
+    runs = expected(runs, folder)
     needed = {run.cache for run in runs if run.status != DONE and run.cache is not None}
     return RecipePlan(recipe, extractions.forecasts(extractions.tasks(needed)), tuple(runs), folder)
 
@@ -339,7 +340,7 @@ def _pixels(base: Plan, recipe: Recipe, cache: str) -> dict[str, Any]:
     }
 
 
-def _status(task: RunTask) -> str:
+def run_status(task: RunTask) -> str:
     """Return how a run stands, by the files in its folder."""
     folder = Path(task.folder)
     try:
@@ -361,26 +362,26 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def expected(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs with the seconds that those like them took: of the same arm, else of mode, student and length."""
-    finished: list[tuple[RunTask, float]] = []
-    for run in runs:
-        if run.status == DONE:
-            seconds = RunRecord.read(Path(run.task.folder) / FILE).cost.seconds
-            if seconds is not None:
-                finished.append((run.task, seconds))
+def expected(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
+    """Return the open runs with the seconds that those of their arm took.
 
-    def mean(alike: Callable[[RunTask], bool]) -> float | None:
-        found = [seconds for task, seconds in finished if alike(task)]
-        return sum(found) / len(found) if found else None
+    Where none is finished: by the seconds an epoch of finished runs, of any recipe whose folder lies beside `folder`,
+    that have mode, student, data and image size in common.
+    """
+    records = list(_records(folder.parent))
 
     def guess(task: RunTask) -> float | None:
-        size = ("student", "imgsz")
-        sized = [(done, s) for done, s in finished if all(getattr(done, k) == getattr(task, k) for k in size)]
-        a_epoch = [s / done.settings["epochs"] for done, s in sized if done.mode == task.mode]
-        same = mean(lambda done: done.arm == task.arm)
-        if same is not None:
-            return same
-        return sum(a_epoch) / len(a_epoch) * task.settings["epochs"] if a_epoch else None
+        epochs = int(task.settings["epochs"])
+        like = (task.mode, Path(task.student).name, Path(task.data).name, task.imgsz)
+        alike = [r for r in records if (r.mode, r.student, r.data, r.settings.get("imgsz")) == like]
+        own = [record for record in alike if (record.recipe, record.arm) == (task.recipe, task.arm)]
+        rates = [(r.cost.seconds or 0.0) / len(r.epochs) for r in own or alike if r.epochs]
+        return sum(rates) / len(rates) * epochs if rates else None
 
     return [replace(run, seconds=guess(run.task)) if run.status != DONE else run for run in runs]
+
+
+def _records(runs: Path) -> Iterator[RunRecord]:
+    for path in sorted(runs.glob(f"*/*/{FILE}")):
+        with suppress(CacheKDError):
+            yield RunRecord.read(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_kd.config import read_marked
-from cache_kd.errors import RecipeError
+from cache_kd.errors import RecipeError, choices
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.recipes.combinations import check_arms, check_caches
 from cache_kd.pipeline.recipes.recipe import COTRAINED, ONLINE, ArmEntry, CacheEntry, Recipe
@@ -28,7 +28,10 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     marked = read_marked(path)
     if marked.content:
         for word in changes:
-            marked.set(word)
+            if unknown := _unknown_entry(word, marked.content):
+                marked.faults.append((f"--set {word}", unknown))
+            else:
+                marked.set(word)
     faults = Faults(marked)
     content: dict[str, Any] = {}
     if marked.content:
@@ -42,6 +45,15 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     if found:
         raise RecipeError(f"{place}: {text}" for place, text in sorted(found, key=_line))
     return _recipe(path, content)
+
+
+def _unknown_entry(word: str, content: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a change inside a cache or arm that the recipe has not; None if nothing is."""
+    section, *names = word.partition("=")[0].split(".")
+    entries = content.get(section)
+    if section not in ("caches", "arms") or len(names) < 2 or not isinstance(entries, dict) or names[0] in entries:
+        return None
+    return f"no {section.removesuffix('s')} {names[0]!r}; {choices(names[0], entries)}"
 
 
 def _line(fault: tuple[str, str]) -> tuple[bool, int]:

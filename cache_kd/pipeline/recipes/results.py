@@ -105,7 +105,7 @@ def left_line(plan: RecipePlan, jobs: int) -> str:
     """Return in one line what is left: runs, seconds as far as they are known, bytes of caches."""
     left = plan.left
     if not left:
-        return f"all {len(plan.runs)} runs are done; look at them: cache-kd report {plan.folder}"
+        return f"nothing is left of {len(plan.runs)} runs"
     known = [run.seconds for run in left if run.seconds is not None]
     unknown = len(left) - len(known)
     caches = [cache for cache in plan.caches if cache.needed]
