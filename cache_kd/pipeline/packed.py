@@ -71,7 +71,7 @@ def check_decoder(reader: CacheReader, codec: PixelCodec) -> int:
 def decoder_change(reader: CacheReader, codec: PixelCodec) -> np.ndarray:
     """Return (3, H, W) int16: this machine's pixels of the probe minus those that the teacher saw."""
     pixels = codec.decode(reader.read_teacher(PROBE), reader.manifest.imgsz)
-    return pixels.astype(np.int16) - reader.read_teacher(PROBE_PIXELS)
+    return np.asarray(pixels.astype(np.int16) - reader.read_teacher(PROBE_PIXELS))
 
 
 def check_class_names(teacher: Mapping[str, Any], data: Mapping[str, Any], path: object) -> None:
