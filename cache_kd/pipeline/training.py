@@ -183,9 +183,11 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
         needed = {f"loss {spec.name}": spec.needs for spec in losses}
         for name, needs in needed.items():
             codec.columns_for(needs, needed_by=name, command=extract_command(manifest))
+        columns = codec.columns_for(frozenset[str]().union(*needed.values()))
         targets = TargetSource(
             reader=cache.reader,
-            columns=codec.columns_for(frozenset[str]().union(*needed.values())),
+            columns=columns,
+            row_bytes=sum(column.row_bytes for column in codec.columns if column.name in columns),
             ragged=frozenset(column.name for column in codec.columns if column.ragged),
             verify="off" if difference else settings.verify_pixels,
             context=version_differences(manifest.identity),

@@ -7,9 +7,19 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 PREFIX = "kd_"
 """Keys of the batch mapping that belong to distillation; Ultralytics moves top-level tensors only."""
+
+
+def stack(rows: Sequence[np.ndarray | Tensor]) -> Tensor:
+    """Return rows of equal shape as one tensor (B, …), in a loader's worker in shared memory.
+
+    Torch's own collation writes there at once; a tensor elsewhere is copied once more when it is sent.
+    """
+    stacked: Tensor = default_collate(list(rows))
+    return stacked
 
 
 def stack_columns(rows: Sequence[Mapping[str, np.ndarray]], ragged: Collection[str]) -> dict[str, Tensor]:
@@ -22,10 +32,9 @@ def stack_columns(rows: Sequence[Mapping[str, np.ndarray]], ragged: Collection[s
             padded = np.zeros((len(values), max(lengths)), dtype=np.uint8)
             for target, value in zip(padded, values, strict=True):
                 target[: len(value)] = value
-            batch[PREFIX + name] = torch.from_numpy(padded)
             batch[f"{PREFIX}{name}_length"] = torch.tensor(lengths)
-        else:
-            batch[PREFIX + name] = torch.from_numpy(np.stack(values))
+            values = list(padded)
+        batch[PREFIX + name] = stack(values)
     return batch
 
 

@@ -29,6 +29,7 @@ from cache_kd.student.alarms import TermWatch
 from cache_kd.student.batch import target_columns
 from cache_kd.student.distiller import Distiller
 from cache_kd.student.loader import ViewLoader, ViewSampler
+from cache_kd.student.prefetch import Prefetch, choose_prefetch, free_shared_memory
 from cache_kd.student.schedule import ViewSchedule
 from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
 from cache_kd.ultralytics_bridge.first_batch import NAME as FIRST_BATCH
@@ -137,18 +138,36 @@ class DistillTrainer(DetectionTrainer):
             return super().get_dataloader(dataset_path, batch_size, rank, mode)
         self._check_trainable()  # the first step after freezing layers
         dataset = self.build_dataset(dataset_path, mode, batch_size)
-        workers = min(os.cpu_count() or 1, self.args.workers)
+        batch_size = min(batch_size, len(dataset))
+        ahead = self._prefetch(batch_size)
         return ViewLoader(
             dataset,
-            batch_size=min(batch_size, len(dataset)),
+            batch_size=batch_size,
             sampler=ViewSampler(len(dataset), self._schedule(), seed=self.args.seed),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            num_workers=ahead.workers,
+            persistent_workers=ahead.workers > 0,
+            prefetch_factor=ahead.ahead or None,
             pin_memory=self.device.type == "cuda",
             collate_fn=dataset.collate_fn,
             worker_init_fn=seed_worker,
         )
+
+    def _prefetch(self, batch_size: int) -> Prefetch:
+        """Return how far the workers run ahead, and say what memory that takes."""
+        targets = self.plan.targets
+        item_bytes = 3 * self.plan.imgsz**2 + (targets.row_bytes if targets else 0)
+        workers = min(os.cpu_count() or 1, self.args.workers)
+        chosen = choose_prefetch(batch_size * item_bytes, workers, free_shared_memory())
+        every_image = self.plan.packed is None and self.args.cache in (True, "ram")
+        decoded = 0 if self.plan.packed is not None or every_image else DECODED_BYTES
+        LOG.info(
+            "loading takes at most %.0f MiB%s: %d batches of %.1f MiB, the rest kept by each process that makes them",
+            chosen.total_bytes(decoded) / 2**20,
+            " and all images, decoded, a process" if every_image else "",
+            chosen.batches,
+            chosen.batch_bytes / 2**20,
+        )
+        return chosen
 
     def _schedule(self) -> ViewSchedule:
         return ViewSchedule.for_cache(self.plan.views, epochs=self.epochs, close=self.args.close_mosaic)

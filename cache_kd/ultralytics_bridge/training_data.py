@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from cache_kd.structures import View
-from cache_kd.student.batch import stack_columns
+from cache_kd.student.batch import stack, stack_columns
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.packed import PackedViews, RowReader
 from cache_kd.views.seeding import item_seed, pixel_hash
@@ -25,13 +25,15 @@ class TargetSource:
     """Where an item's targets come from.
 
     Attributes:
-        reader: The cache. columns: what the losses need. ragged: those of varying length.
+        reader: The cache. columns: what the losses need. ragged: those of varying length. row_bytes: most bytes of an
+            item's columns.
         verify: "first", "all" or "off". context: what to add when pixels differ, such as other library versions.
     """
 
     reader: RowReader
     columns: tuple[str, ...]
     ragged: frozenset[str]
+    row_bytes: int
     verify: str
     context: str
 
@@ -124,7 +126,8 @@ class Collate:
         rows: list[Mapping[str, np.ndarray]] = [item.pop("kd_rows", {}) for item in items]
         faults = [item.pop("kd_fault", None) for item in items]
         checked = sum(item.pop("kd_checked", False) for item in items)
-        batch: dict[str, Any] = ViewDataset.collate_fn(items)
+        pixels = stack([item.pop("img") for item in items])
+        batch: dict[str, Any] = {**ViewDataset.collate_fn(items), "img": pixels}
         if len(epochs) != 1:
             raise AssertionError(f"one batch from several epochs: {epochs}")
         batch["kd_epoch"], batch["kd_view"] = epochs.pop()
