@@ -9,16 +9,18 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph; `lead` is what a reader is to see first."""
 
     text: str
+    lead: bool = False
 
 
 @dataclass(frozen=True)
 class Items:
-    """A list of sentences; `warning` sets it off."""
+    """A list of sentences, each behind its lead where there are leads; `warning` sets the list off."""
 
     items: tuple[str, ...]
+    leads: tuple[str, ...] = ()
     warning: bool = False
 
 
@@ -33,11 +35,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG element with what it shows in words; legend: (place in the palette, name)."""
+    """An SVG element; `words` say what it shows to who cannot see it, `note` how to read it.
+
+    legend: (place in the palette, name).
+    """
 
     svg: str
     title: str
     words: str
+    note: str
     legend: tuple[tuple[int, str], ...] = ()
 
 

@@ -48,9 +48,10 @@ def _group_sections(found: GroupFindings, name: str, *, alone: bool) -> Iterator
 
 def _summary(found: GroupFindings, name: str) -> Iterator[Block]:
     group = found.group
-    yield Text(headline(found))
+    yield Text(headline(found), lead=True)
     if group.against:
-        yield Items(tuple(f"{one.arm}: {one.verdict.text}" for one in group.against))
+        texts = tuple(one.verdict.text for one in group.against)
+        yield Items(texts, leads=tuple(one.arm for one in group.against))
     yield _arm_table(group)
     if group.against:
         rows = [
@@ -59,8 +60,8 @@ def _summary(found: GroupFindings, name: str) -> Iterator[Block]:
         ]
         svg = interval_plot(f"{name}-diff", rows, margin=MARGIN, x=f"difference to {group.plain} in points of mAP50-95")
         words = "; ".join(f"{one.arm} {_in_words(one)}" for one in group.against)
-        title = f"Difference to {group.plain}"
-        yield Plots((Plot(svg, title, f"{words}. Small dots: single seeds; grey band: ± one point."),))
+        note = "Bars: 95 % intervals. Small dots: the difference of each seed. Grey band: ± one point."
+        yield Plots((Plot(svg, f"Difference to {group.plain}", f"{words}.", note),))
     if found.notes:
         yield Items(found.notes, warning=True)
     yield Text(METHOD)
@@ -89,19 +90,17 @@ def _arm_table(group: Group) -> Table:
         rows.append(
             (
                 arm.name,
-                arm.mode,
+                KINDS[one.verdict.kind] if one else "baseline" if group.against else NOTHING,
+                wording.mean_and_sd(spread),
+                *(_tested(one) if one else (NOTHING,) * 4),
                 wording.seeds(list(arm.points)),
-                wording.points(spread.mean),
-                "one seed" if spread.sd is None else f"± {wording.points(spread.sd)}",
                 f"{wording.points(spread.low)} to {wording.points(spread.high)}",
                 wording.points(fifty.mean if fifty else None),
-                *(_tested(one) if one else (NOTHING,) * 4),
-                KINDS[one.verdict.kind] if one else "compared with" if arm.name == group.plain else NOTHING,
             )
         )
     head = (
-        "arm", "mode", "seeds", "mAP50-95, mean", "standard deviation", "range", "mAP50, mean",
-        "difference to plain", "95 % interval", "p (Holm)", "p of equivalence (Holm)", "verdict",
+        "arm", "verdict", "mAP50-95, mean ± sd", "difference to plain", "95 % interval", "p (Holm)",
+        "p of equivalence (Holm)", "seeds", "range", "mAP50, mean",
     )  # fmt: skip
     return Table(f"{group.title}, in points", head, tuple(rows))
 
@@ -137,7 +136,8 @@ def _progress(found: GroupFindings, name: str) -> Iterator[Block]:
         )
         return
     plots = []
-    for part, curves in enumerate(_parts(drawn, found.group.plain)):
+    parts = list(_parts(drawn, found.group.plain))
+    for part, curves in enumerate(parts):
         legend = tuple((style, curve.arm) for style, curve in curves)
         for axis, title, x in (
             ("epochs", "Equal epochs", "epoch"),
@@ -145,8 +145,10 @@ def _progress(found: GroupFindings, name: str) -> Iterator[Block]:
         ):
             lines = [_line(style, curve, by_time=axis == "time") for style, curve in curves]
             svg = line_plot(f"{name}-{axis}{part}", lines, x=x, y="validation mAP50-95 in points")
-            ends = "; ".join(f"{line.label} {line.y[-1]:.1f} points at {line.x[-1]:.0f}" for line in lines)
-            plots.append(Plot(svg, title, f"Ends: {ends}. Bands: smallest to largest of the seeds.", legend))
+            words = "; ".join(f"{line.label} ends with {line.y[-1]:.1f} points at {line.x[-1]:.0f}" for line in lines)
+            of = f", {part + 1} of {len(parts)}" if len(parts) > 1 else ""
+            note = "Mean over seeds; bands: smallest to largest."
+            plots.append(Plot(svg, f"{title}{of}", f"{words}.", note, legend))
     yield Plots(tuple(plots))
     budget = found.budget
     if budget is not None:
@@ -244,7 +246,7 @@ def _term_plots(curve: ArmCurves, name: str) -> Iterator[Plot]:
             continue
         lines = [_series_line(term, at, found[term]) for at, term in enumerate(names)]
         svg = line_plot(f"{name}-{kind}", lines, x="epoch", y=y, log=kind == "loss", limits=limits)
-        ends = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
+        words = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
         title = f"{curve.arm}: {'losses' if kind == 'loss' else 'gradient shares'}"
-        dotted = " Dotted: 1 % and 90 %, where the alarms are." if limits else ""
-        yield Plot(svg, title, f"{ends}.{dotted}", tuple(enumerate(names)))
+        note = "Mean over seeds." + (" Dotted: 1 % and 90 %, where the alarms are." if limits else "")
+        yield Plot(svg, title, f"{words}.", note, tuple(enumerate(names)))

@@ -31,10 +31,11 @@ def _section(section: Section, level: int) -> Iterator[str]:
 
 def _block(block: Block, level: int) -> Iterator[str]:
     match block:
-        case Text(text):
-            yield plain(text)
-        case Items(items):
-            yield "\n".join(f"- {plain(item)}" for item in items)
+        case Text(text, lead):
+            yield f"**{plain(text)}**" if lead else plain(text)
+        case Items():
+            leads = [f"**{plain(lead)}**: " for lead in block.leads] or [""] * len(block.items)
+            yield "\n".join(f"- {lead}{plain(item)}" for lead, item in zip(leads, block.items, strict=True))
         case Table():
             yield f"{plain(block.caption)}:"
             rows = (block.head, ("---",) * len(block.head), *block.rows)

@@ -14,7 +14,9 @@ from cache_kd.report.svg_plots import swatch
 from cache_kd.report.verdict import KINDS
 
 _HERE = Path(__file__).parent
-_NUMBER = re.compile(rf"[-+±<]? ?\d[\d.]*( ?(%|B|kB|MB|GB))?( to [-+]?\d[\d.]*( %)?)?|{NOTHING}|one seed")
+_NUMBER = re.compile(
+    rf"[-+±<]? ?\d[\d.]*( ?(%|B|kB|MB|GB))?( to [-+]?\d[\d.]*( %)?)?( ± \d[\d.]*| \(one seed\))?|{NOTHING}"
+)
 _LONG = 28
 
 
@@ -46,6 +48,7 @@ def _cell_class(table: Table, column: int, cell: str) -> Markup:
         classes.append("number")
     elif len(cell) > _LONG and table.head[column] != "verdict":
         classes.append("long")
-    if table.head[column] == "verdict" and cell in (KINDS["better"], KINDS["worse"]):
-        classes.append(cell)
+    if table.head[column] == "verdict":
+        classes.append("verdict")
+        classes += [cell] if cell in (KINDS["better"], KINDS["worse"]) else []
     return Markup(f' class="{" ".join(classes)}"') if classes else Markup("")

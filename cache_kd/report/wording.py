@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cache_kd.report.blocks import NOTHING
+from cache_kd.report.paired_statistics import Spread
 from cache_kd.report.verdict import p_text, signed
 
 SIZES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
@@ -11,6 +12,11 @@ SIZES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 def points(value: float | None) -> str:
     """Return points without a sign."""
     return NOTHING if value is None else f"{value:.2f}"
+
+
+def mean_and_sd(found: Spread) -> str:
+    """Return mean and standard deviation of points."""
+    return f"{found.mean:.2f} (one seed)" if found.sd is None else f"{found.mean:.2f} ± {found.sd:.2f}"
 
 
 def change(value: float | None) -> str:
@@ -56,5 +62,7 @@ def percent(share: float | None) -> str:
 
 
 def seeds(values: list[int]) -> str:
-    """Return seeds as a list."""
+    """Return seeds in rising order: as a list, or as a range where three or more follow each other."""
+    if len(values) > 2 and values == list(range(values[0], values[0] + len(values))):
+        return f"{values[0]} to {values[-1]}"
     return ", ".join(str(value) for value in values)
