@@ -165,15 +165,16 @@ class PairFeatures:
             column_of(columns, "features"), [level.shape[0] * _row_bytes(level) for level in levels], dim=1
         )
         peaks = column_of(columns, "feature_peaks")
-        place = torch.arange(peaks.shape[1], device=peaks.device)
-        start = torch.zeros(len(peaks), 1, dtype=torch.int64, device=peaks.device)
+        tables = self._tables(columns, levels)
+        # One wait for the device a batch, before anything of the step has been sent to it.
+        counts = torch.stack([table.peaks for table in tables], dim=1).tolist()
+        starts = [0] * len(peaks)
         decoded = []
-        for pairs, table, level in zip(rows, self._tables(columns, levels), levels, strict=True):
-            end = start + table.peaks[:, None]
-            own = (place >= start) & (place < end)
-            beyond = (table.low[:, None] + peaks.float() * table.step[:, None])[own]
-            decoded.append(_decoded_level(pairs, table, level, beyond))
-            start = end
+        for number, (pairs, table, level) in enumerate(zip(rows, tables, levels, strict=True)):
+            ends = [start + count[number] for start, count in zip(starts, counts, strict=True)]
+            codes = torch.cat([row[start:end] for row, start, end in zip(peaks, starts, ends, strict=True)])
+            decoded.append(_decoded_level(pairs, table, level, codes))
+            starts = ends
         return tuple(decoded)
 
     def bounds(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[Tensor]:
@@ -239,7 +240,7 @@ def _fractions(pairs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -> Tensor:
-    """Return a level's values (B, F, H, W); `peaks` are those of the batch, in order."""
+    """Return a level's values (B, F, H, W); `peaks` are the codes of those of the batch, in order."""
     batch, channels = table.groups.shape
     order = torch.argsort(table.groups, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, torch.arange(channels, device=order.device).expand_as(order))
@@ -255,17 +256,20 @@ def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -
         raise DamagedCacheError(
             f"features of {level.name}: {len(missing)} peaks are marked, {len(peaks)} are stored; run cache-kd verify"
         )
-    values[missing] = peaks
+    of_peaks = [torch.repeat_interleave(scalar, table.peaks) for scalar in (table.low, table.step)]
+    values.scatter_(0, missing, of_peaks[0] + peaks.float() * of_peaks[1])
     cells = level.shape[1] * level.shape[2]
     return values.view(batch, channels, -1)[:, :, :cells].reshape(batch, *level.shape)
 
 
 def _peak_places(pairs: Tensor) -> Tensor:
     """Return where in the values of `pairs` (n,), two each, peaks belong; bytes are fewer to search than values."""
-    found = ((pairs >= PEAK << 4) | ((pairs & PEAK) == PEAK)).nonzero().squeeze(1)
-    byte = pairs[found]
+    # bits 0 and 4: all four bits of that half are set; a quarter of the time of two comparisons
+    marked = pairs & (pairs >> 1) & (pairs >> 2) & (pairs >> 3) & 0b10001
+    found = marked.nonzero().squeeze(1)
+    byte = pairs.index_select(0, found)
     is_peak = torch.stack([byte >> 4, byte & PEAK], dim=1) == PEAK
-    return torch.stack([2 * found, 2 * found + 1], dim=1)[is_peak]
+    return torch.stack([2 * found, 2 * found + 1], dim=1).masked_select(is_peak)
 
 
 def _lookup(table: _Tables) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cache_kd.codecs.features import Level
 from cache_kd.codecs.pair_features import PEAK_SHARE, PairFeatures
+from cache_kd.errors import DamagedCacheError
 
 
 def rows_of(codec: PairFeatures, samples: Sequence[Sequence[np.ndarray]], levels: Sequence[Level]) -> dict:
@@ -111,3 +112,12 @@ def test_decoding_reads_no_further_than_the_peaks_of_a_row() -> None:
     for number, maps in enumerate(samples):
         other["feature_peaks"][number, len(codec.encode(maps, [level])["feature_peaks"]) :] = 255
     assert torch.equal(codec.decode(columns, [level])[0], codec.decode(other, [level])[0])
+
+
+def test_peaks_that_do_not_fit_the_pairs_are_damage() -> None:
+    level, codec = Level("P3", (20, 8, 8)), PairFeatures(0.15)
+    columns = rows_of(codec, [[silu_map(level.shape, np.random.default_rng(1))]], [level])
+    columns["features"] = columns["features"].clone()
+    columns["features"][0, 5] = 0xFF
+    with pytest.raises(DamagedCacheError, match=r"features of P3: \d+ peaks are marked, \d+ are stored; .*verify"):
+        codec.decode(columns, [level])
