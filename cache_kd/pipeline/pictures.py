@@ -22,7 +22,7 @@ from cache_kd.report.box_pictures import MOST_CELLS, Cell, box_picture, sheet
 from cache_kd.report.canvas import BoxLayer
 from cache_kd.report.coding_pictures import declared_picture, difference_picture
 from cache_kd.report.heat_maps import HeatMap, heat_picture
-from cache_kd.structures import TargetBatch, View, ViewSample
+from cache_kd.structures import SampleTargets, TargetBatch, View, ViewSample
 from cache_kd.teacher.detections import THRESHOLD, Detections, count_found, detections
 from cache_kd.ultralytics_bridge.gate import import_user_modules
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
@@ -79,7 +79,6 @@ def draw(path: Path, settings: PictureSettings) -> Drawn:
     if settings.teacher is not None and not one:
         raise SettingError("--teacher shows what the codec changed in one view; name it: --image 0 --view 0")
     student = None if settings.student is None else load_student(cache, settings.student, settings.trust_student)
-    make_folder(settings.out)
     if view is not None and index is not None:
         looked = Look(cache, view, index, student)
         return Drawn(*_draw_one(looked, settings))
@@ -205,17 +204,21 @@ class Look:
 
 
 def _draw_one(looked: Look, settings: PictureSettings) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    out, cache = settings.out, looked.cache
+    out, cache, live = settings.out, looked.cache, None
+    if settings.teacher is not None:
+        with live_teacher(cache, settings.teacher, trusted=settings.trust_teacher) as teacher:
+            live = teacher([looked.sample], batch=1)[0]
     stem = f"image-{looked.index:04d}-{looked.view.name}"
     files, notes = [], looked.notes()
     layers = looked.box_layers(texts=True)
-    files.append(box_picture(out / f"{stem}-boxes.png", looked.title, looked.sample.pixels, layers, looked.captions()))
     rows = _heat_rows(looked)
+    make_folder(out)  # everything that may be refused was done
+    files.append(box_picture(out / f"{stem}-boxes.png", looked.title, looked.sample.pixels, layers, looked.captions()))
     for store, what in (("logits", "boxes and confidence"), ("features", "maps")):
         if store not in cache.codec.store:
             notes.append(f"the cache keeps no {store}: the teacher's {what} are not drawn")
     files.append(heat_picture(out / f"{stem}-features.png", looked.title, looked.sample.pixels, rows))
-    files.append(_draw_codec(looked, settings, out / f"{stem}-codec.png"))
+    files.append(_draw_codec(looked, live, out / f"{stem}-codec.png"))
     return tuple(files), tuple(notes)
 
 
@@ -252,11 +255,8 @@ def _activation(name: str, maps: np.ndarray) -> HeatMap:
     )
 
 
-def _draw_codec(looked: Look, settings: PictureSettings, path: Path) -> Path:
-    cache, live = looked.cache, None
-    if settings.teacher is not None:
-        with live_teacher(cache, settings.teacher, trusted=settings.trust_teacher) as teacher:
-            live = teacher([looked.sample], batch=1)[0]
+def _draw_codec(looked: Look, live: SampleTargets | None, path: Path) -> Path:
+    cache = looked.cache
     levels = coded_levels(cache, looked.row, looked.targets, live)
     logits = coded_logits(cache, looked.targets, live)
     says = codec_in_words(cache)
@@ -290,6 +290,7 @@ def _draw_sheet(cache: Cache, out: Path, view: View | None, index: int | None, s
     notes = [note for look in looks for note in look.notes()][:NEAREST]
     if "logits" not in cache.codec.store:
         notes.append("the cache keeps no logits: the teacher's boxes are not drawn")
+    make_folder(out)
     return Drawn((sheet(out / name, title, cells, columns=columns),), tuple(notes))
 
 

@@ -26,7 +26,7 @@ def inked(picture: np.ndarray, source: str, box: np.ndarray) -> dict[str, float]
     top, left = rows[0], columns[0]
     scale = (rows[-1] + 1 - top) / SIDE
     near = (np.abs(picture[..., :3] - to_rgb(INKS[source].colour)) < 0.12).all(axis=2)
-    x0, y0, x1, y1 = (box * scale).round().astype(int) + [left, top, left, top]
+    x0, y0, x1, y1 = (box * scale).round().astype(int) + np.array([left, top, left, top])
     line = {
         "top": near[y0 - 2 : y0 + 3, x0 + 4 : x1 - 3].any(axis=0),
         "bottom": near[y1 - 2 : y1 + 3, x0 + 4 : x1 - 3].any(axis=0),
