@@ -146,7 +146,8 @@ def _encode_chunk(chunk: np.ndarray, layout: ArrayLayout) -> bytes:
     # Several threads would lay compressed blocks in the order they finish in: other bytes every time.
     blosc.use_threads = False
     name = layout.column.compressor
-    # zstd decodes one block a third faster than blosc's own 32 KB blocks, each with tables of its own; lz4 does not.
-    block = layout.chunk_bytes if name == "zstd" else 0
+    # Ragged rows are mostly padding, which one block of zstd decodes in half the time of blosc's own of 32 KB. Others
+    # are 3.6 % smaller in those, each with a Huffman table of its own, for 85 µs a row of 180 KB.
+    block = layout.chunk_bytes if layout.column.ragged and name == "zstd" else 0
     data = chunk.reshape(-1).view(np.uint8)
     return with_checksum(blosc.compress(data, name.encode(), 1, shuffle, block, layout.typesize))
