@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cache_kd.cache.verify import VerifyReport, verify_cache
-from cache_kd.errors import MismatchError, SettingError
-from cache_kd.pipeline.identity import teacher_differences
+from cache_kd.errors import SettingError
+from cache_kd.pipeline.live_teacher import live_teacher
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.packed import check_decoder, decoder_change
 from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.target_errors import fidelities, named_targets, pixel_room, target_errors
-from cache_kd.pipeline.versions import cpu_threads, other_versions, version_differences
+from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.structures import View
-from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
+from cache_kd.ultralytics_bridge.teacher import Teacher
 from cache_kd.views.seeding import pixel_hash
 
 SHOWN = 20
@@ -188,33 +187,13 @@ def _pixel_faults(cache: Cache, progress: Callable[[int, int], None] | None, *, 
 def _check_targets(cache: Cache, path: Path, sample: int, *, trusted: bool, levels: int) -> _Targets:
     """Compare a sample of the targets with the teacher's; `levels` is what the pixels may be off by."""
     manifest = cache.manifest
-    checkpoint = load_teacher(path, trusted=trusted)
-    if unlike := teacher_differences(manifest.identity.get("teacher"), checkpoint):
-        raise MismatchError(
-            f"{path} is not the teacher of {cache.path} ({unlike}); give the one that it was extracted with: "
-            f"--teacher {manifest.teacher['file']}"
-        )
-    environment = manifest.environment
-    device = "cuda:0" if environment["device"] == "cuda" and torch.cuda.is_available() else "cpu"
-    teacher = Teacher(
-        checkpoint,
-        imgsz=manifest.imgsz,
-        device=device,
-        precision=environment["precision"] if device != "cpu" else "fp32",
-        store=tuple(manifest.codec["store"]),
-        taps=tuple(tap.name for tap in manifest.head.layers),
-    )
     items = _spread(cache.views, manifest.num_images, sample)
-    batch = int(environment["batch"])
+    batch = int(manifest.environment["batch"])
     found = _Targets(checked=len(items))
     change = decoder_change(cache.reader, cache.packing) if cache.packing is not None and levels else None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cpu_threads())
-    try:
+    with live_teacher(cache, path, trusted=trusted) as teacher:
         for start in range(0, len(items), batch):
             _compare_batch(cache, teacher, items[start : start + batch], batch, change, found)
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

@@ -20,7 +20,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.cli import main
 from cache_kd.errors import MismatchError
-from cache_kd.pipeline import verification
+from cache_kd.pipeline import live_teacher, verification
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.structures import SampleTargets, View, ViewSample
@@ -111,7 +111,7 @@ def test_verify_looks_at_the_layers(full_cache: Path, teacher_file: Path, monkey
                 sample.layers[1][...] *= -1
             return said
 
-    monkeypatch.setattr(verification, "Teacher", OtherLayer)
+    monkeypatch.setattr(live_teacher, "Teacher", OtherLayer)
     found = check()
     assert not found.ok and len(found.target_faults) == 6
     assert all(": features C4 is off by " in fault for fault in found.target_faults)

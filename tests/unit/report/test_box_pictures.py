@@ -64,7 +64,7 @@ def test_one_view_has_a_panel_a_source(tmp_path: Path) -> None:
 def test_pictures_do_not_depend_on_the_clock_or_on_settings(tmp_path: Path) -> None:
     cells = [Cell(f"{n}", BLACK, (BoxLayer("labels", BOX), BoxLayer("teacher", BOX))) for n in range(3)]
     first = sheet(tmp_path / "a.png", "title", cells).read_bytes()
-    with matplotlib.rc_context({"text.color": "white", "axes.facecolor": "black", "font.size": 20}):
+    with matplotlib.rc_context({"text.color": "white", "axes.facecolor": "black", "legend.fontsize": 20}):
         second = sheet(tmp_path / "b.png", "title", cells).read_bytes()
         assert matplotlib.rcParams["text.color"] == "white"  # what the user set stays
     assert first == second
