@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
 from cache_kd.errors import MissingFileError, RecipeError
 from cache_kd.losses import LOSSES, parse_losses
+from cache_kd.pipeline.recipes import schema
 from cache_kd.pipeline.recipes.reading import read_recipe
+from cache_kd.pipeline.recipes.recipe import MODES
+
+ROOT = Path(__file__).parents[3]
 
 GOOD = """\
 name: mine
@@ -225,7 +231,7 @@ def test_a_missing_recipe_is_one_line() -> None:
         read_recipe(Path("none.yaml"))
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[3] / "pipelines").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda f: f.stem)
 def test_recipes_of_the_project_have_no_fault(file: Path, work: Path) -> None:
     content = (work / "bccd.yaml").read_text()
     (work / "bccd.yaml").write_text(content + "test: images/val\n")
@@ -236,3 +242,24 @@ def test_recipes_of_the_project_have_no_fault(file: Path, work: Path) -> None:
     assert all(f"# {word}" in head for word in ("Command  cache-kd run pipelines/", "Disk", "Time", "Result"))
     if file.stem == "loss_ablation":
         assert {arm.name for arm in recipe.arms} == {"plain", *LOSSES}
+
+
+def test_the_document_names_every_key_and_its_code_is_python() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    known = {*schema.RECIPE, *schema.EXTRACTION, *schema.RECODING, *schema.ARM, *MODES}
+    assert [name for name in sorted(known) if f"`{name}" not in text] == []
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert blocks
+    for block in blocks:
+        ast.parse(block)
+
+
+def test_the_sweep_of_the_document_is_a_change_that_is_taken() -> None:
+    Path("r.yaml").write_text(GOOD)
+    changes = ["name=sweep-3", "arms.cached.losses=['cwd:weight=0.5']", "settings.lr0=0.00012"]
+    recipe = read_recipe(Path("r.yaml"), changes)
+    assert (recipe.name, recipe.arms[1].losses, recipe.arms[0].settings["lr0"]) == (
+        "sweep-3",
+        ("cwd:weight=0.5",),
+        1.2e-4,
+    )
