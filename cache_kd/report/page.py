@@ -17,6 +17,7 @@ _HERE = Path(__file__).parent
 _NUMBER = re.compile(
     rf"[-+±<]? ?\d[\d.]*( ?(%|B|kB|MB|GB))?( to [-+]?\d[\d.]*( %)?)?( ± \d[\d.]*| \(one seed\))?|{NOTHING}"
 )
+_DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d")
 _LONG = 28
 
 
@@ -46,6 +47,8 @@ def _cell_class(table: Table, column: int, cell: str) -> Markup:
     classes = []
     if _numeric(table, column):
         classes.append("number")
+    elif _DATE.fullmatch(cell):
+        classes.append("date")
     elif len(cell) > _LONG and table.head[column] != "verdict":
         classes.append("long")
     if table.head[column] == "verdict":

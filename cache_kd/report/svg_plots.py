@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from cache_kd.report.canvas import drawing, shown
 
@@ -71,6 +72,8 @@ def line_plot(
             axes.axhline(limit, color=GRID, linewidth=1, linestyle=(0, (2, 2)))
         if log and all(value > 0 for line in lines for value in line.y):
             axes.set_yscale("log")
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         _label(axes, x, y)
         return _svg(figure, name)
 
