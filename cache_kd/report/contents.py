@@ -27,7 +27,7 @@ def contents(findings: Findings) -> tuple[Section, ...]:
     """Return the sections of the report."""
     sections: list[Section] = []
     for number, found in enumerate(findings.groups):
-        sections += _group_sections(found, f"g{number}", alone=len(findings.groups) == 1)
+        sections += _group_sections(found, number, alone=len(findings.groups) == 1)
     if not sections:
         sections.append(Section("Verdict", (Text("No run has a score, so there is nothing to compare."),)))
     sections += origins(findings)
@@ -36,8 +36,8 @@ def contents(findings: Findings) -> tuple[Section, ...]:
     return (*sections, Section("Left out, and warnings of the runs", (told,)))
 
 
-def _group_sections(found: GroupFindings, name: str, *, alone: bool) -> Iterator[Section]:
-    of = "" if alone else f": {found.group.title}"
+def _group_sections(found: GroupFindings, number: int, *, alone: bool) -> Iterator[Section]:
+    name, of = f"g{number}", "" if alone else f" {number + 1}: {found.group.title}"
     yield Section(f"Verdict{of}", tuple(_summary(found, name)))
     if shown := tuple(_progress(found, name)):
         yield Section(f"Equal epochs and equal time{of}", shown)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import MaxNLocator
 
 from cache_kd.report.canvas import drawing, shown
 
@@ -72,8 +72,9 @@ def line_plot(
             axes.axhline(limit, color=GRID, linewidth=1, linestyle=(0, (2, 2)))
         if log and all(value > 0 for line in lines for value in line.y):
             axes.set_yscale("log")
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # epochs and seconds
         _label(axes, x, y)
         return _svg(figure, name)
 
