@@ -21,10 +21,11 @@ from cache_kd.codecs.features import CODES, Level, checked_maps, column_of, usab
 from cache_kd.errors import DamagedCacheError
 from cache_kd.structures import Column
 
-# A table's fraction of a step is an int8 in units of 1/254, held inside ±126/254 so that half a step of rounding plus
-# the fraction stays below one step whatever the distribution inside the cell.
+# Fractions of a step are int8 in units of 1/254. Those of a pair and of a channel are held so that half a step of
+# rounding and both of them stay below one step, whatever the distribution inside the cell; real maps need less.
 FRACTION_UNIT = 254.0
-FRACTION_MAX = 126.0
+FRACTION_MAX = 86.0
+SHIFT_MAX = 40.0
 GROUPS = 16
 """Groups of channels of a level."""
 PEAK = 15
@@ -45,18 +46,23 @@ class _Coded(NamedTuple):
     step: np.float32
     bases: np.ndarray
     fractions: np.ndarray
+    shifts: np.ndarray
     groups: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Of one level and a batch: low, step and peaks (B,), bases (B, 16), fractions (B, 256) in steps, groups (B, F)."""
+    """Of one level and a batch: low, step and peaks (B,), bases (B, 16), groups (B, F); the rest in steps.
+
+    Fractions are (B, 256), shifts (B, F).
+    """
 
     low: Tensor
     step: Tensor
     peaks: Tensor
     bases: Tensor
     fractions: Tensor
+    shifts: Tensor
     groups: Tensor
 
 
@@ -67,14 +73,17 @@ class PairFeatures:
     A value is rounded to lo + code · step, code in 0..255. Channels are split into 16 groups of equal size by their
     mean code; a group's window of 15 codes is the one that holds most of its values. Codes inside are kept as their
     place in the window, others as 15, and in full among the peaks, in the order of the maps. A value inside comes back
-    as lo + (code + fraction[own place, neighbour's place]) · step, where fraction is the mean offset of the values that
-    had these two places; a peak comes back as lo + code · step. Bound: one step; the rms error is at most step / √12
-    where values spread evenly within a cell, as those of real maps do. Peaks are never clipped.
+    as lo + (code + fraction[own place, neighbour's place] + shift[channel]) · step: fraction is the mean offset of the
+    values that had these two places, shift what then brings the mean of the channel back to what it was. Without it
+    the errors of a channel add up in the gradient of an adapter. A peak comes back as lo + code · step. Bound: one
+    step; the rms error is at most step / √12 where values spread evenly within a cell, as those of real maps do. Peaks
+    are never clipped.
 
     Columns: `features` (pairs of a level: (F, ceil(H·W / 2)), channels by group, then by number; the first value of a
     pair in the high half), `feature_peaks` (ragged: codes of all levels), `feature_tables`: raw little-endian bytes:
     float32 lo, float32 step and u32 number of peaks of each level, u8 bases (levels, 16), int8 fractions (levels, 256)
-    in units of 1/254 by 16 · own place + neighbour's, then the groups of all channels, two a byte.
+    in units of 1/254 by 16 · own place + neighbour's, then of all channels int8 shifts in the same units and groups,
+    two a byte.
 
     Attributes:
         step: in standard deviations of the level's values.
@@ -86,7 +95,7 @@ class PairFeatures:
     def columns(self, levels: Sequence[Level]) -> tuple[Column, ...]:
         peaks = sum(_most_peaks(level) for level in levels)
         channels = sum(level.shape[0] for level in levels)
-        tables = len(levels) * (_SCALARS + GROUPS + PAIRS) + (channels + 1) // 2
+        tables = len(levels) * (_SCALARS + GROUPS + PAIRS) + channels + (channels + 1) // 2
         return (
             Column("features", "u1", (sum(level.shape[0] * _row_bytes(level) for level in levels),)),
             Column("feature_peaks", "u1", (max(1, peaks),), ragged=True),
@@ -104,6 +113,7 @@ class PairFeatures:
             counts.view(np.uint8),
             *(level.bases for level in coded),
             *(level.fractions.view(np.uint8) for level in coded),
+            *(level.shifts.view(np.uint8) for level in coded),
             _in_pairs(groups[None])[0],
         ]
         return {
@@ -131,23 +141,24 @@ class PairFeatures:
         scaled -= codes
         pairs = _in_pairs(places)
         fractions = _fractions(pairs, scaled)
+        shifts = _shifts(places, pairs, scaled, fractions)
         order = np.argsort(groups, kind="stable")
-        return _Coded(pairs[order], peaks, np.float32(low), step, bases, fractions, groups)
+        return _Coded(pairs[order], peaks, np.float32(low), step, bases, fractions, shifts, groups)
 
     def _tables(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[_Tables]:
         tables, count = column_of(columns, "feature_tables"), len(levels)
         # a copy of its own starts at offset 0, which a view of another element size needs
-        scalars, bases, fractions, packed = torch.split(
-            tables,
-            [_SCALARS * count, GROUPS * count, PAIRS * count, tables.shape[1] - count * (_SCALARS + GROUPS + PAIRS)],
-            dim=1,
-        )
+        channels = [level.shape[0] for level in levels]
+        sizes = [_SCALARS * count, GROUPS * count, PAIRS * count, sum(channels)]
+        scalars, bases, fractions, shifts, packed = torch.split(tables, [*sizes, tables.shape[1] - sum(sizes)], dim=1)
         scalars = scalars.clone(memory_format=torch.contiguous_format)
         floats, counts = scalars.view(torch.float32), scalars.view(torch.int32)
-        in_steps = fractions.contiguous().view(torch.int8).float() / FRACTION_UNIT
+        in_steps, shifts = (
+            table.contiguous().view(torch.int8).float() / FRACTION_UNIT for table in (fractions, shifts)
+        )
         groups = torch.stack([packed >> 4, packed & 15], dim=2).flatten(1)
-        channels = [level.shape[0] for level in levels]
         of_level = torch.split(groups[:, : sum(channels)], channels, dim=1)
+        shifts_of_level = torch.split(shifts, channels, dim=1)
         return [
             _Tables(
                 floats[:, number],
@@ -155,6 +166,7 @@ class PairFeatures:
                 counts[:, 2 * count + number],
                 bases[:, number * GROUPS : (number + 1) * GROUPS].float(),
                 in_steps[:, number * PAIRS : (number + 1) * PAIRS],
+                shifts_of_level[number],
                 of_level[number].long(),
             )
             for number in range(count)
@@ -239,6 +251,20 @@ def _fractions(pairs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(means).clip(-FRACTION_MAX, FRACTION_MAX), np.int8)
 
 
+def _shifts(places: np.ndarray, pairs: np.ndarray, offsets: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """Return int8 (F,): what the values of a channel inside the window lie off their codes and fractions, in the mean.
+
+    Args:
+        places: (F, n). pairs: (F, ceil(n / 2)). offsets: (F, n), in steps. fractions: int8 (256,).
+    """
+    whole = offsets.shape[1] // 2
+    explained = fractions[pairs].sum(axis=1, dtype=np.int64)
+    explained += fractions[_swapped(pairs[:, :whole])].sum(axis=1, dtype=np.int64)
+    inside = np.maximum(np.count_nonzero(places < PEAK, axis=1), 1)
+    missing = (offsets.sum(axis=1, dtype=np.float64) * FRACTION_UNIT - explained) / inside
+    return np.asarray(np.rint(missing).clip(-SHIFT_MAX, SHIFT_MAX), np.int8)
+
+
 def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -> Tensor:
     """Return a level's values (B, F, H, W); `peaks` are the codes of those of the batch, in order."""
     batch, channels = table.groups.shape
@@ -251,6 +277,7 @@ def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -
     base = ((first * GROUPS + table.groups) * PAIRS).int().flatten()
     both = _lookup(table).view(torch.int64).flatten()
     values = both.index_select(0, (rows + base[:, None]).flatten()).view(torch.float32)
+    values.view(batch, channels, -1).add_((table.shifts * table.step[:, None])[:, :, None])
     missing = _peak_places(rows.flatten())
     if len(missing) != len(peaks):
         raise DamagedCacheError(

@@ -104,6 +104,21 @@ def test_the_neighbour_tells_where_in_its_cell_a_value_lies(side: str) -> None:
     assert np.abs(read - values).max() < 0.01
 
 
+def test_the_mean_of_every_channel_comes_back() -> None:
+    """Channels that lie on one side of a cell's centroid keep that: an adapter's gradient sums over a channel."""
+    level, codec = Level("P3", (48, 32, 32)), PairFeatures(0.8)
+    rng = np.random.default_rng(6)
+    values = silu_map(level.shape, rng) * rng.uniform(0.05, 1, (48, 1, 1)).astype(np.float32)
+    columns = rows_of(codec, [[values]], [level])
+    step = codec.bounds(columns, [level])[0].item()
+    without = {**columns, "feature_tables": columns["feature_tables"].clone()}
+    without["feature_tables"][0, -(48 + 24) : -24] = 0
+    read, unshifted = (codec.decode(each, [level])[0][0].numpy() for each in (columns, without))
+    off, before = (np.abs((each - values).mean(axis=(1, 2))) / step for each in (read, unshifted))
+    assert np.median(off) <= 1 / 254 < 0.01 < np.median(before)
+    assert off.max() <= before.max() - 39 / 254  # a shift ends at 40/254
+
+
 def test_decoding_reads_no_further_than_the_peaks_of_a_row() -> None:
     level, codec = Level("P3", (20, 8, 8)), PairFeatures(0.15)
     samples = [[silu_map(level.shape, np.random.default_rng(seed))] for seed in range(3)]

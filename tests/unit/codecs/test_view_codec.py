@@ -131,7 +131,7 @@ def test_rms_error_of_realistic_maps_is_that_of_an_even_spread(preset: str) -> N
 
 
 @pytest.mark.parametrize("preset", STEPS)
-def test_values_alone_in_their_cells_come_back_nearly_exactly(preset: str) -> None:
+def test_values_alone_in_their_cells_come_back_closer_than_rounding_leaves_them(preset: str) -> None:
     head = HeadSpec((Tap("P3", 16, 8),), 1, ("a",))
     codec = ViewCodec.create(preset, head, IMGSZ, ("features",))
     values = np.array([-0.278, 9.3, 18.4], np.float32)
@@ -139,7 +139,8 @@ def test_values_alone_in_their_cells_come_back_nearly_exactly(preset: str) -> No
     row = codec.fidelity.features.encode((map,), codec.levels)
     columns = {name: torch.from_numpy(values[None]) for name, values in row.items()}
     error = (torch.from_numpy(map) - codec.fidelity.features.decode(columns, codec.levels)[0][0]).abs()
-    assert error.max().item() <= 0.006 * codec.feature_step(columns)[0].item()
+    # a pair's fraction reaches .34 of a step, a channel's shift .16
+    assert error.max().item() <= 0.17 * codec.feature_step(columns)[0].item()
 
 
 @coded_presets
