@@ -94,7 +94,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def split_files(data: dict[str, Any], split: str) -> tuple[list[str], list[str]]:
-    """Return the images of a split in the order of their names, and where the label of each would be."""
+    """Return the images of a split in the order of their names, and where the label of each would be.
+
+    Raises:
+        MissingFileError: A text file lists an image that is not there.
+    """
     images: list[str] = []
     for entry in data[split] if isinstance(data[split], list) else [data[split]]:
         place = Path(entry)
@@ -103,5 +107,7 @@ def split_files(data: dict[str, Any], split: str) -> tuple[list[str], list[str]]
         else:  # a text file of images; those that start with ./ lie beside it
             lines = place.read_text(encoding="utf-8").split()
             images += [str(place.parent / line[2:]) if line.startswith("./") else line for line in lines]
+    if missing := next((image for image in images if not Path(image).is_file()), None):
+        raise MissingFileError(f"`{split}:` lists {missing}, which is not there; take it off the list or restore it")
     images.sort()
     return images, img2label_paths(images)

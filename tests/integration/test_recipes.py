@@ -104,6 +104,7 @@ def test_a_recipe_survives_kills_and_skips_what_is_done(work: Path) -> None:
         assert rows == list(range(1, EPOCHS + 1))
         assert not (runs / f"{arm}-s0" / "state.json").exists()
     check_records({arm: RunRecord.read(runs / f"{arm}-s0" / "record.json") for arm in arms}, work)
+    check_what_is_done_again()
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
     command = start(work)
     said, _ = command.communicate(timeout=SECONDS)
@@ -111,6 +112,29 @@ def test_a_recipe_survives_kills_and_skips_what_is_done(work: Path) -> None:
     assert "nothing is left of 4 runs" in said
     assert "starts" not in said
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
+def standing(*changes: str) -> dict[str, str]:
+    """Return how each run stands when the recipe is changed so, by a dry run."""
+    words = [word for change in changes for word in ("--set", change)]
+    done = CliRunner().invoke(main, ["run", "small.yaml", "--dry-run", "--json", *words])
+    assert done.exit_code == 0, done.output
+    return {run["arm"]: run["before"] for run in json.loads(done.stdout)["runs"]}
+
+
+def check_what_is_done_again() -> None:
+    """Hold finished runs to be done again when something that decides their result changes, and else not."""
+    every = dict.fromkeys(("plain", "cached", "recoded", "online"), "done")
+    assert standing() == every
+    assert standing("settings.plots=true", "caches.fine.views=9", "arms.recoded.views=3", "jobs=2") == every
+    assert standing("settings.lr0=0.5") == dict.fromkeys(every, "changed")
+    assert standing("augment={degrees: 5}") == dict.fromkeys(every, "changed")
+    assert standing("arms.cached.views=1") == {**every, "cached": "changed"}
+    assert standing("caches.coarse.fidelity=small") == {**every, "recoded": "changed"}
+    assert standing("caches.fine.seed=1") == {**every, "cached": "changed", "recoded": "changed"}
+    shutil.move("kd_cache", "elsewhere")
+    assert standing() == every
+    shutil.move("elsewhere", "kd_cache")
 
 
 def check_records(records: dict[str, RunRecord], work: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cache_kd.cache.files import write_atomic
+from cache_kd.errors import InputDataError, MismatchError
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.cache_record import cache_record, read_bytes
 from cache_kd.pipeline.recipes.plan import LOG, STATE, RunTask, read_state
@@ -33,6 +34,7 @@ from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_en
 from cache_kd.ultralytics_bridge.judge import judge
 from cache_kd.ultralytics_bridge.teacher import load_teacher
 
+LOGGER = logging.getLogger(__name__)
 LOGGERS = ("cache_kd", "ultralytics", "py.warnings")
 MOST_WARNINGS = 50
 
@@ -82,13 +84,23 @@ def _trained(task: RunTask) -> int:
     epoch = epoch_to_resume(last, epochs)
     if epoch == epochs:  # ended between its last epoch and the note of it
         return _forwards(task, folder)
-    if epoch is None:
-        _begin_again(folder)
+    if epoch is not None:
+        try:
+            _train(task, last, epoch)
+            return _forwards(task, folder)
+        except (MismatchError, InputDataError) as error:  # of what lies in the folder, or else it is raised again
+            LOGGER.warning("%s cannot go on and begins again: %s", folder.name, error)
+    _begin_again(folder)
+    _train(task, last, None)
+    return _forwards(task, folder)
+
+
+def _train(task: RunTask, last: Path, epoch: int | None) -> None:
+    """Train to the end; `epoch`: where to go on with `last`, None from the start."""
     if task.cache is not None:
         _from_cache(task, last if epoch is not None else None)
     else:
         _beside_teacher(task, last, epoch)
-    return _forwards(task, folder)
 
 
 def _begin_again(folder: Path) -> None:
@@ -238,7 +250,8 @@ class _Collector(logging.Handler):
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(" ".join(record.getMessage().split())[:500])
+        text = " ".join(record.getMessage().split()).removeprefix("WARNING ⚠️ ")  # Ultralytics' formatter adds it
+        self.lines.append(text[:500])
 
 
 @contextmanager
