@@ -34,6 +34,7 @@ PAIRS = 256
 PEAK_SHARE = 4
 """At most one in this many values of a level is a peak; its step grows until that holds."""
 _WIDER = 1.25
+_SWAPPED = np.array([(pair & 15) << 4 | pair >> 4 for pair in range(PAIRS)])
 _SCALARS = 12  # bytes a level: lo, step, number of peaks
 
 
@@ -131,7 +132,8 @@ class PairFeatures:
             scaled /= step
             codes = np.rint(scaled).astype(np.uint8)
             groups = _group(codes)
-            bases = _windows(codes, groups)
+            order = np.argsort(groups, kind="stable")
+            bases = _windows(codes[order], groups[order])
             places = codes - bases[groups][:, None]  # wraps below 0 to far above the window
             peaks = codes[places >= PEAK]
             if len(peaks) <= _most_peaks(level):
@@ -140,9 +142,7 @@ class PairFeatures:
         np.minimum(places, PEAK, out=places)
         scaled -= codes
         pairs = _in_pairs(places)
-        fractions = _fractions(pairs, scaled)
-        shifts = _shifts(places, pairs, scaled, fractions)
-        order = np.argsort(groups, kind="stable")
+        fractions, shifts = _corrections(places, pairs, scaled)
         return _Coded(pairs[order], peaks, np.float32(low), step, bases, fractions, shifts, groups)
 
     def _tables(self, columns: Mapping[str, Tensor], levels: Sequence[Level]) -> list[_Tables]:
@@ -214,10 +214,15 @@ def _group(codes: np.ndarray) -> np.ndarray:
 
 
 def _windows(codes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Return for each group the first code, u8, of the window of 15 that holds most of its values."""
+    """Return for each group the first code, u8, of the window of 15 that holds most of its values.
+
+    Args:
+        codes: (F, n), channels by group. groups: (F,), ascending.
+    """
     bases = np.zeros(GROUPS, np.uint8)
+    edges = np.searchsorted(groups, np.arange(GROUPS + 1))
     for group in range(GROUPS):
-        counts = np.bincount(codes[groups == group].ravel(), minlength=CODES)
+        counts = np.bincount(codes[edges[group] : edges[group + 1]].ravel(), minlength=CODES)
         sums = np.concatenate([[0], np.cumsum(counts)])
         bases[group] = np.argmax(sums[PEAK:] - sums[:-PEAK])
     return bases
@@ -231,38 +236,25 @@ def _in_pairs(places: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def _swapped(pairs: np.ndarray) -> np.ndarray:
-    return (pairs << 4) | (pairs >> 4)
-
-
-def _fractions(pairs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return int8 (256,): the mean offset from its code of a value, by its own and its neighbour's place.
+def _corrections(places: np.ndarray, pairs: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return fractions int8 (256,) and shifts int8 (F,), see `PairFeatures`.
 
     Args:
-        pairs: (F, ceil(n / 2)). offsets: (F, n), in steps.
+        places: (F, n). pairs: (F, ceil(n / 2)). offsets: (F, n) from the codes, in steps.
     """
     whole = offsets.shape[1] // 2
-    first, second = pairs.ravel(), _swapped(pairs[:, :whole]).ravel()
-    counts = np.bincount(first, minlength=PAIRS) + np.bincount(second, minlength=PAIRS)
-    sums = np.bincount(first, weights=offsets[:, 0::2].ravel(), minlength=PAIRS)
-    sums += np.bincount(second, weights=offsets[:, 1::2].ravel(), minlength=PAIRS)
+    first = pairs.astype(np.intp)
+    second = _SWAPPED[first[:, :whole]]
+    counts = np.bincount(first.ravel(), minlength=PAIRS) + np.bincount(second.ravel(), minlength=PAIRS)
+    sums = np.bincount(first.ravel(), weights=offsets[:, 0::2].ravel(), minlength=PAIRS)
+    sums += np.bincount(second.ravel(), weights=offsets[:, 1::2].ravel(), minlength=PAIRS)
     means = sums / np.maximum(counts, 1) * FRACTION_UNIT
     means[PEAK << 4 :] = 0  # a peak's own code is exact
-    return np.asarray(np.rint(means).clip(-FRACTION_MAX, FRACTION_MAX), np.int8)
-
-
-def _shifts(places: np.ndarray, pairs: np.ndarray, offsets: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """Return int8 (F,): what the values of a channel inside the window lie off their codes and fractions, in the mean.
-
-    Args:
-        places: (F, n). pairs: (F, ceil(n / 2)). offsets: (F, n), in steps. fractions: int8 (256,).
-    """
-    whole = offsets.shape[1] // 2
-    explained = fractions[pairs].sum(axis=1, dtype=np.int64)
-    explained += fractions[_swapped(pairs[:, :whole])].sum(axis=1, dtype=np.int64)
+    fractions = np.asarray(np.rint(means).clip(-FRACTION_MAX, FRACTION_MAX), np.int8)
+    explained = fractions[first].sum(axis=1, dtype=np.int64) + fractions[second].sum(axis=1, dtype=np.int64)
     inside = np.maximum(np.count_nonzero(places < PEAK, axis=1), 1)
     missing = (offsets.sum(axis=1, dtype=np.float64) * FRACTION_UNIT - explained) / inside
-    return np.asarray(np.rint(missing).clip(-SHIFT_MAX, SHIFT_MAX), np.int8)
+    return fractions, np.asarray(np.rint(missing).clip(-SHIFT_MAX, SHIFT_MAX), np.int8)
 
 
 def _decoded_level(pairs: Tensor, table: _Tables, level: Level, peaks: Tensor) -> Tensor:
