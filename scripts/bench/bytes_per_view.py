@@ -53,7 +53,7 @@ def main(pairs: tuple[tuple[Path, Path, int], ...], items: int) -> None:
                 by_array = {n: sizes.sum() for n, sizes in measure_rows(rows, columns, len(job.dataset)).items()}
                 size = sum(by_array.values()) / items
                 features = sum(level.nbytes for level in targets[0].features)
-                feature_bytes = (by_array["features"] + by_array.get("feature_tables", 0)) / items
+                feature_bytes = sum(size for name, size in by_array.items() if name.startswith("feature")) / items
                 other.writer.close()
                 figures[f"{teacher.name} {data.name} {imgsz} {name}"] = {
                     "bytes": size, "fp32_bytes": raw, "times_smaller": raw / size,

@@ -2,7 +2,7 @@
 
 `cached` is one extraction and then a training of each student from the cache; `online` is a training of each student
 with Ultralytics' own `distill_model=`. Both distil with the same loss (SL2), epochs, batch and image size, and validate
-alike. The trainings alternate, so that both arms see the same machine. Beside the ratio stands the break-even that
+alike, on the torch threads that Ultralytics chooses. The trainings alternate, so that both arms see the same machine. Beside the ratio stands the break-even that
 `cache-kd estimate` predicted before anything was extracted.
 
 python scripts/bench/whole_job.py --teacher best.pt --data bccd.yaml
@@ -41,11 +41,10 @@ def seconds_of(job: Callable[[], Any]) -> float:
 @click.option("--student", default="yolov8n.yaml")
 @click.option("--students", default=3)
 @click.option("--imgsz", default=160)
-@click.option("--epochs", default=10)
+@click.option("--epochs", default=6)
 @click.option("--batch", default=16)
 @click.option("--views", default=8)
 @click.option("--pack", default="none")
-@click.option("--threads", default=2)
 @click.option("--name", default="whole-job")
 def main(
     teacher: Path,
@@ -57,7 +56,6 @@ def main(
     batch: int,
     views: int,
     pack: str,
-    threads: int,
     name: str,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +78,7 @@ def main(
             arms: dict[str, Callable[[], Any]] = {
                 "cached": lambda seed=seed: train(
                     TrainSettings(
-                        student, cache=cache.path, data=data, losses=("sl2",), name=f"cached-{seed}", threads=threads,
+                        student, cache=cache.path, data=data, losses=("sl2",), name=f"cached-{seed}",
                         settings={**common, "seed": seed},
                     )
                 ),
@@ -107,7 +105,7 @@ def main(
         f"predicted {predicted.break_even}"
     )
     arms_of = {"teacher": teacher.name, "data": data.name, "student": student, "students": students, "imgsz": imgsz,
-               "epochs": epochs, "batch": batch, "views": views, "pack": pack, "threads": threads}  # fmt: skip
+               "epochs": epochs, "batch": batch, "views": views, "pack": pack}  # fmt: skip
     click.echo(str(record.write(name, arms_of, figures)))
 
 
