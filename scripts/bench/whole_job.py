@@ -2,8 +2,8 @@
 
 `cached` is one extraction and then a training of each student from the cache; `online` is a training of each student
 with Ultralytics' own `distill_model=`. Both distil with the same loss (SL2), epochs, batch and image size, and validate
-alike, on the torch threads that Ultralytics chooses. The trainings alternate, so that both arms see the same machine. Beside the ratio stands the break-even that
-`cache-kd estimate` predicted before anything was extracted.
+alike, on the torch threads that Ultralytics chooses. The trainings alternate, so that both arms see the same machine.
+Beside the ratio stands the break-even that `cache-kd estimate` predicted before anything was extracted.
 
 python scripts/bench/whole_job.py --teacher best.pt --data bccd.yaml
 """
