@@ -16,7 +16,7 @@ import pytest
 
 DATA_VARIABLE = "CACHE_KD_TEST_DATA"
 STRICT_VARIABLE = "CACHE_KD_FORBID_SKIPS"
-MAY_BE_SKIPPED = ("gpu", "network")
+MAY_BE_SKIPPED = ("gpu", "network", "browser")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -113,7 +113,7 @@ def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Hold every test but those that need a GPU or the internet to the rule on skips."""
+    """Hold every test but those that need a GPU, the internet or a browser to the rule on skips."""
     report = yield
     if not hasattr(report, "wasxfail") and not any(item.get_closest_marker(mark) for mark in MAY_BE_SKIPPED):
         _fail_if_skipped(report)

@@ -37,6 +37,9 @@ CONTRAST = """([select, name]) => {
 }"""
 
 
+pytestmark = pytest.mark.browser
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM:
