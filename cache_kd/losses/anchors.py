@@ -29,3 +29,12 @@ def box_anchors(sure: Tensor, sent: Tensor | None) -> tuple[Tensor, Tensor]:
     chosen = sure > MIN_BOX_SCORE
     images, anchors = torch.nonzero(chosen if sent is None else chosen & sent, as_tuple=True)
     return images, anchors
+
+
+def rows_at(values: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the rows (n, K) of values (B, A, K) at image and anchor indices that occur once each.
+
+    What `values[chosen]` is, with a backward pass that adds whole rows: a third of its time on a CPU.
+    """
+    images, anchors = chosen
+    return values.flatten(0, 1).index_select(0, images * values.shape[1] + anchors)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache_kd.losses.anchors import box_anchors, confidence, total_confidence
+from cache_kd.losses.anchors import box_anchors, confidence, rows_at, total_confidence
 from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.boxes import decode_boxes
 from cache_kd.losses.numeric import at_least_float32, comparable, sum_rows
@@ -112,11 +112,12 @@ class BCKD(DistillLoss):
         self, student: DetectorOutput, targets: TargetBatch, chosen: tuple[Tensor, Tensor], total: Tensor
     ) -> Tensor:
         logits, scores = self.required(targets.boxes, "logits"), self.required(targets.scores, "logits")
-        gap = scores[chosen].sigmoid() - at_least_float32(student.scores.detach()[chosen]).sigmoid()
+        ours = at_least_float32(rows_at(student.scores.detach(), chosen))
+        gap = rows_at(scores, chosen).sigmoid() - ours.sigmoid()
         # Both boxes belong to one anchor and GIoU does not see a common shift: the anchor may stand at the origin.
         return bckd_box_loss(
-            decode_boxes(at_least_float32(student.boxes[chosen]), self.reg_max[0]),
-            decode_boxes(logits[chosen], self.reg_max[1]),
+            decode_boxes(at_least_float32(rows_at(student.boxes, chosen)), self.reg_max[0]),
+            decode_boxes(rows_at(logits, chosen), self.reg_max[1]),
             weight=gap.abs().amax(-1),
             normalizer=total,
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_kd.errors import MismatchError
-from cache_kd.losses.anchors import box_anchors, confidence, total_confidence
+from cache_kd.losses.anchors import box_anchors, confidence, rows_at, total_confidence
 from cache_kd.losses.base import DistillLoss
 from cache_kd.losses.labels import boxes_by_image
 from cache_kd.losses.numeric import comparable, sum_rows
@@ -141,8 +141,8 @@ class LD(DistillLoss):
     ) -> Tensor:
         shape = (-1, 4, self.reg_max)
         return ld_loss(
-            student.boxes[chosen].view(shape),
-            self.required(targets.boxes, "logits")[chosen].view(shape),
+            rows_at(student.boxes, chosen).view(shape),
+            rows_at(self.required(targets.boxes, "logits"), chosen).view(shape),
             temperature=self.temperature,
             weight=weight,
             normalizer=total,
