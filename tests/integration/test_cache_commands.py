@@ -14,13 +14,12 @@ import pytest
 from click.testing import CliRunner
 from student_runs import train_student
 
-from cache_kd import cli
 from cache_kd.cache import layout, removal
 from cache_kd.cache.find import find_caches
 from cache_kd.cache.last_use import LAST_USE, last_use, mark_used
 from cache_kd.cache.lock import lock_cache
 from cache_kd.cache.verify import verify_cache
-from cache_kd.cli import main
+from cache_kd.cli import caches, main
 from cache_kd.errors import CacheKDError, DamagedCacheError, MismatchError, MissingFileError, SettingError
 from cache_kd.pipeline import recoding, verification
 from cache_kd.pipeline.extract_settings import ExtractSettings
@@ -166,9 +165,9 @@ def test_on_a_terminal_it_is_asked(place: Path, monkeypatch: pytest.MonkeyPatch)
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(cli.sys, "stdin", Terminal())
+    monkeypatch.setattr(caches.sys, "stdin", Terminal())
     asked: list[str] = []
-    monkeypatch.setattr(cli.click, "confirm", lambda text, **_: asked.append(text))
+    monkeypatch.setattr(caches.click, "confirm", lambda text, **_: asked.append(text))
     with pytest.raises(SystemExit) as ended:
         main(["rm", str(place / "whole")])
     assert ended.value.code in (0, None) and (place / "whole" / "manifest.json").exists()
