@@ -78,7 +78,7 @@ class PairFeatures:
     values that had these two places, shift what then brings the mean of the channel back to what it was. Without it
     the errors of a channel add up in the gradient of an adapter. A peak comes back as lo + code · step. Bound: one
     step; the rms error is at most step / √12 where values spread evenly within a cell, as those of real maps do. Peaks
-    are never clipped.
+    are never clipped; where they were more than a quarter of a level's values, its step grows, and `bounds` with it.
 
     Columns: `features` (pairs of a level: (F, ceil(H·W / 2)), channels by group, then by number; the first value of a
     pair in the high half), `feature_peaks` (ragged: codes of all levels), `feature_tables`: raw little-endian bytes:

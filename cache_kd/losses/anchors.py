@@ -34,7 +34,10 @@ def box_anchors(sure: Tensor, sent: Tensor | None) -> tuple[Tensor, Tensor]:
 def rows_at(values: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
     """Return the rows (n, K) of values (B, A, K) at image and anchor indices that occur once each.
 
-    What `values[chosen]` is, with a backward pass that adds whole rows: a third of its time on a CPU.
+    What `values[chosen]` is, in half its time: without a copy of what lies anchors last, as a head leaves it, and row
+    by row of what lies anchors first, as targets do.
     """
     images, anchors = chosen
+    if values.stride(1) < values.stride(2):
+        return values.transpose(1, 2)[images, :, anchors]
     return values.flatten(0, 1).index_select(0, images * values.shape[1] + anchors)
