@@ -16,7 +16,7 @@ STALE = "before\n\n<!-- help:train -->\n```\nstale\n```\n\nafter\n\n<!-- help: -
 def test_readme_help_is_current() -> None:
     assert len(marked(TEXT)) == TEXT.count("<!-- help:"), "a help comment must stand right before a fenced block"
     for command, body in marked(TEXT):
-        assert body == help_text(command), f"{command}: run `python scripts/update_docs.py`"
+        assert body == help_text(command), f"{command}: run `python -m scripts.update_docs`"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -24,7 +24,7 @@ def test_tables_are_current(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert len(marked_tables(text)) == text.count("<!-- table:"), "a table ends with <!-- end --> on a line of its own"
     for name, body in marked_tables(text):
-        assert body == TABLES[name](), f"{document.name}, {name}: run `python scripts/update_docs.py`"
+        assert body == TABLES[name](), f"{document.name}, {name}: run `python -m scripts.update_docs`"
 
 
 def test_every_table_is_shown() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cache_kd.pipeline.opened import Cache
 from cache_kd.structures import View
-from cache_kd.teacher.detections import Detections, detections
+from cache_kd.student.detections import Detections, detections
 
 
 def stored_boxes(cache: Cache) -> Callable[[View, int], Detections] | None:

@@ -13,7 +13,7 @@ from cache_kd.errors import CacheKDError
 from cache_kd.report.box_pictures import Cell, sheet
 from cache_kd.report.canvas import BoxLayer
 from cache_kd.structures import View
-from cache_kd.teacher.detections import Detections
+from cache_kd.student.detections import Detections
 from cache_kd.ultralytics_bridge.student import batch_labels
 
 LOG = logging.getLogger(__name__)

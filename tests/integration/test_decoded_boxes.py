@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import xywh2xyxy
 
-from cache_kd.teacher.detections import OVERLAP, THRESHOLD, anchor_boxes, detections
+from cache_kd.student.detections import OVERLAP, THRESHOLD, anchor_boxes, detections
 from cache_kd.ultralytics_bridge.heads import describe_head, detector_output
 from cache_kd.ultralytics_bridge.teacher import load_teacher
 

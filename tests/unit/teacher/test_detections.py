@@ -7,7 +7,7 @@ import math
 import torch
 
 from cache_kd.structures import HeadSpec, Tap
-from cache_kd.teacher.detections import Detections, anchor_boxes, count_found, detections
+from cache_kd.student.detections import Detections, anchor_boxes, count_found, detections
 
 IMGSZ = 32
 BINS = HeadSpec(taps=(Tap("P3", 4, 8), Tap("P4", 4, 16)), reg_max=4, names=("a", "b"))
