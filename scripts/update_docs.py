@@ -2,17 +2,15 @@
 
 `<!-- help:extract -->` on the line before a fence holds `cache-kd extract --help` (`<!-- help: -->` the program's own);
 what stands between `<!-- table:NAME -->` and `<!-- end -->` is a table made from the registry of losses or from the
-newest record of a benchmark. `python scripts/update_docs.py` rewrites the documents; tests/test_docs.py fails while one
+newest record of a benchmark. `python -m scripts.update_docs` rewrites the documents; tests/test_docs.py fails while one
 is out of date.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from click.testing import CliRunner
 
@@ -23,11 +21,12 @@ from cache_kd.losses.catalogue import catalogue, cost_in_words, needs_in_words, 
 from cache_kd.pipeline.contents import stored_columns
 from cache_kd.structures import Column, HeadSpec, Tap
 from cache_kd.views.packing import JpegPixels
+from scripts.measured_tables import TABLES as MEASURED
+from scripts.measured_tables import newest, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
-RESULTS = ROOT / "scripts" / "bench" / "results"
 WIDTH = 100
 HELP = re.compile(r"(?P<head><!-- help:(?P<name>[^\n]*?) -->\n+```\w*\n)(?P<body>.*?)(?P<foot>^```$)", re.M | re.S)
 TABLE = re.compile(r"(?P<head><!-- table:(?P<name>[^\n]*?) -->\n)(?P<body>.*?)(?P<foot>^<!-- end -->$)", re.M | re.S)
@@ -63,20 +62,6 @@ def help_text(command: str) -> str:
     if result.exit_code:
         raise ValueError(f"README marks the help of {command!r}, known: {', '.join(sorted(main.commands))}")
     return result.output.rstrip() + "\n"
-
-
-def rows(head: list[str], body: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
-
-
-def newest(name: str) -> dict[str, Any]:
-    """Return the newest record of a benchmark."""
-    files = sorted(RESULTS.glob(f"????-??-??-{name}.json"))
-    if not files:
-        raise ValueError(f"no record of the benchmark {name} in {RESULTS.name}")
-    content: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-    return content
 
 
 def losses_table() -> str:
@@ -157,6 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights_table,
     "every-loss": every_loss_table,
     "format-columns": format_columns_table,
+    **MEASURED,
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,7 +67,9 @@ def peak_of(arm: str, teacher: Path, data: Path, fidelity: str, batch: int, answ
             else:
                 whole(job, unit, batch)
         job.writer.close()
-    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # getrusage's ru_maxrss would count what the parent held when this process was forked
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    answer.put(int(line.split()[1]) * 1024)
 
 
 @click.command()
