@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_kd.errors import CacheKDError, InputDataError, MissingFileError
-from cache_kd.report.record import FILE, RunRecord
+from cache_kd.report.record import FILE, STATE, RunRecord
 from cache_kd.report.run_folder import CacheFacts, is_run_folder, read_run_folder
 
 # What two runs of one arm may differ in: the seed, where they run and what they leave besides.
@@ -52,7 +52,7 @@ def read_runs(paths: Iterable[Path], cache_facts: CacheFacts) -> Runs:
             )
         for place in _places(path):
             try:
-                record = RunRecord.read(place) if place.is_file() else read_run_folder(place, cache_facts)
+                record = RunRecord.read(place) if place.is_file() else _from_folder(place, cache_facts)
             except CacheKDError as error:
                 if _names_one_run(path):
                     raise
@@ -63,6 +63,12 @@ def read_runs(paths: Iterable[Path], cache_facts: CacheFacts) -> Runs:
         why = f": {'; '.join(faults)}" if faults else f", no {FILE} and no results.csv beside an args.yaml"
         raise InputDataError(f"no run in {', '.join(map(str, paths))}{why}; make one: cache-kd train")
     return Runs(tuple(_apart(list(found.values()))), tuple(faults))
+
+
+def _from_folder(folder: Path, cache_facts: CacheFacts) -> RunRecord:
+    if (folder / STATE).is_file():
+        raise InputDataError(f"{folder}: a recipe's run that is not finished; go on with it: cache-kd run RECIPE")
+    return read_run_folder(folder, cache_facts)
 
 
 def _names_one_run(path: Path) -> bool:

@@ -14,6 +14,8 @@ from cache_kd.errors import InputDataError, MissingFileError
 from cache_kd.report.json_fields import KEY, FieldFault, from_json, short, to_json
 
 FILE = "record.json"
+STATE = "state.json"
+"""In the folder of a recipe's run until it has its record."""
 VERSION = 1
 MODES = ("plain", "online", "cotrained", "cached")
 

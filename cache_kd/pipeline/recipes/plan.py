@@ -19,14 +19,14 @@ from cache_kd.pipeline.locations import caches_folder
 from cache_kd.pipeline.recipes.forecasts import cache_costs
 from cache_kd.pipeline.recipes.identity import cache_key, run_fingerprint, split_identity, student_identity
 from cache_kd.pipeline.recipes.recipe import COTRAINED, ONLINE, ArmEntry, CacheEntry, Recipe
-from cache_kd.report.record import FILE, RunRecord
+from cache_kd.report.record import FILE, STATE, RunRecord
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data, split_files
 from cache_kd.ultralytics_bridge.trainer import fixed_overrides
 
 RUNS = Path("runs")
-STATE, ERROR, LOG = "state.json", "error.txt", "log.txt"
-"""In a run's folder: how far it came, until it is done; why it failed; what its process said."""
+ERROR, LOG = "error.txt", "log.txt"
+"""In a run's folder: why it failed; what its process said."""
 DONE, RESUME, OPEN, CHANGED = "done", "resume", "open", "changed"
 
 

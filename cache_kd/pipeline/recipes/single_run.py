@@ -21,11 +21,11 @@ from cache_kd.cache.files import write_atomic
 from cache_kd.errors import InputDataError, MismatchError
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.cache_record import cache_record, read_bytes
-from cache_kd.pipeline.recipes.plan import LOG, STATE, RunTask, read_state
+from cache_kd.pipeline.recipes.plan import LOG, RunTask, read_state
 from cache_kd.pipeline.recipes.recipe import COTRAINED
 from cache_kd.pipeline.training import NO_LOSSES, TrainSettings, train
 from cache_kd.pipeline.versions import OTHER_PACKAGES, PIXEL_PACKAGES, cpu_threads, package_versions
-from cache_kd.report.record import FILE, CostRecord, Judgement, MachineRecord, RunRecord
+from cache_kd.report.record import FILE, STATE, CostRecord, Judgement, MachineRecord, RunRecord
 from cache_kd.report.run_folder import read_epochs
 from cache_kd.ultralytics_bridge.baseline import drop_later_epochs, epoch_to_resume, run_trainer, train_stock
 from cache_kd.ultralytics_bridge.cotrained import CotrainedTrainer

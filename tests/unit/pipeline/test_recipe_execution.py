@@ -13,9 +13,9 @@ from recipe_runs import Quick, plan, planned, task, write_record
 from cache_kd.errors import CacheKDError
 from cache_kd.pipeline.recipes import execution
 from cache_kd.pipeline.recipes.execution import run_plan
-from cache_kd.pipeline.recipes.plan import CHANGED, DONE, OPEN, RESUME, STATE, RunTask, expected, run_status
+from cache_kd.pipeline.recipes.plan import CHANGED, DONE, OPEN, RESUME, RunTask, expected, run_status
 from cache_kd.pipeline.recipes.results import plan_lines
-from cache_kd.report.record import FILE, RunRecord
+from cache_kd.report.record import FILE, STATE, RunRecord
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from recipe_runs import task
 
 from cache_kd.errors import MismatchError, MissingFileError
 from cache_kd.pipeline.recipes import single_run
-from cache_kd.pipeline.recipes.plan import LOG, STATE, RunTask
+from cache_kd.pipeline.recipes.plan import LOG, RunTask
 from cache_kd.pipeline.recipes.single_run import carry_out, collected_warnings
-from cache_kd.report.record import FILE, Judgement, RunRecord
+from cache_kd.report.record import FILE, STATE, Judgement, RunRecord
 from cache_kd.ultralytics_bridge.data import split_files
 
 ROWS = "epoch,time,metrics/mAP50-95(B)\n1,5.0,0.1\n2,2.0,0.2\n"

@@ -9,7 +9,7 @@ import pytest
 from cache_kd.errors import InputDataError, MissingFileError
 from cache_kd.report.comparison import compare
 from cache_kd.report.reading import Runs, read_runs
-from cache_kd.report.record import FILE, CacheRecord
+from cache_kd.report.record import FILE, STATE, CacheRecord
 from tests.unit.report.run_cases import CACHE, run
 
 HEAD = "epoch,time,train/box_loss,train/cwd_loss,metrics/mAP50(B),metrics/mAP50-95(B),val/box_loss"
@@ -146,6 +146,16 @@ def test_folder_that_cannot_be_read_is_one_line(tmp_path: Path, changes: dict[st
     assert len(found.faults) == 1
     with pytest.raises(InputDataError, match=said):
         read(tmp_path / "good", bad)
+
+
+def test_unfinished_run_of_a_recipe_is_left_out(tmp_path: Path) -> None:
+    train_folder(tmp_path / "done")
+    (train_folder(tmp_path / "going") / STATE).write_text("{}")
+    found = read(tmp_path)
+    assert [run.path.name for run in found.runs] == ["done"]
+    assert found.faults == (
+        f"{tmp_path / 'going'}: a recipe's run that is not finished; go on with it: cache-kd run RECIPE",
+    )
 
 
 def test_nothing_there_is_said(tmp_path: Path) -> None:
