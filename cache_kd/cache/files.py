@@ -27,7 +27,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
 
 
-def parse_json(data: bytes, where: Path) -> Any:
+def parse_json(data: bytes, where: object) -> Any:
     """Return the document in `data`; raises `DamagedCacheError` naming `where` if it is not plain JSON."""
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)

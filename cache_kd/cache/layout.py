@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,13 +254,17 @@ def _normal(value: Any) -> Any:
     return value
 
 
-def check_with_zarr(folder: Path, expected: Mapping[str, Any]) -> None:
-    """Raise `DamagedCacheError` unless zarr-python opens the array in `folder` with the declared shape and dtype."""
-    import zarr  # only verification asks zarr-python; training reads without it
+def check_with_zarr(content: bytes, expected: Mapping[str, Any]) -> None:
+    """Raise `DamagedCacheError` unless zarr-python opens an array of this `zarr.json` as it is declared."""
+    # Only verification asks zarr-python; training reads without it.
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
 
     try:
-        array = zarr.open_array(store=str(folder), mode="r", zarr_format=3)
+        buffer = default_buffer_prototype().buffer.from_bytes(content)
+        store = zarr.storage.MemoryStore({"zarr.json": buffer})
+        array = zarr.open_array(store=store, mode="r", zarr_format=3)
     except Exception as error:  # zarr raises many kinds; each means that it cannot open the array
-        raise DamagedCacheError(f"{folder}: zarr cannot open it: {error}") from error
+        raise DamagedCacheError(f"zarr cannot open it: {error}") from error
     if list(array.shape) != expected["shape"] or str(array.dtype) != expected["data_type"]:
-        raise DamagedCacheError(f"{folder}: zarr sees {array.shape} {array.dtype}, declared {expected['shape']}")
+        raise DamagedCacheError(f"zarr sees {array.shape} {array.dtype}, declared {expected['shape']}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from cache_kd.cache.files import brief, open_seal, parse_json, read_inside, sha256
+from cache_kd.cache.files import brief, open_seal, parse_json, sha256
 from cache_kd.cache.layout import (
     DTYPES,
     FORMAT,
@@ -20,6 +18,8 @@ from cache_kd.cache.layout import (
     column_faults,
     stored_columns,
 )
+from cache_kd.cache.places import open_store
+from cache_kd.cache.store import Place, Store
 from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError, SettingError
 from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
@@ -136,76 +136,89 @@ def content_digest(identity: Mapping[str, Any], files: Iterable[tuple[str, str]]
     )
 
 
-def read_root(path: Path) -> dict[str, Any]:
-    """Return the attributes of the cache at `path`, complete or not: format, identity, columns, num_images.
+def read_root(place: Place | Store) -> dict[str, Any]:
+    """Return the attributes of the cache at `place`, complete or not: format, identity, columns, num_images.
 
     Raises:
         MissingFileError: nothing there, or no cache. MismatchError: a cache of another format.
     """
-    if not path.is_dir():
-        raise MissingFileError(f"no cache at {path}; make one with `cache-kd extract --teacher best.pt`")
-    if not os.path.lexists(path / ROOT) and not os.path.lexists(path / NAME):
-        raise MissingFileError(
-            f"{path} is not a cache: it has no {ROOT}; make one with `cache-kd extract --teacher best.pt`"
-        )
+    store = open_store(place)
     try:
-        content = parse_json(_read(path, ROOT), path / ROOT)
+        found = _find(store, ROOT)
+        if found is None and not store.exists(NAME):
+            raise _no_cache(store)
+        if found is None:
+            raise DamagedCacheError(f"{store.where(ROOT)}: the file is missing")
+        content = parse_json(found, store.where(ROOT))
     except DamagedCacheError as error:
-        raise DamagedCacheError(f"{error}; {_way_to_a_root(path)}") from error
+        raise DamagedCacheError(f"{error}; {_way_to_a_root(store)}") from error
     attributes = content.get("attributes") if isinstance(content, dict) else None
     ours = attributes.get("cache_kd") if isinstance(attributes, dict) else None
-    if not isinstance(ours, dict) and os.path.lexists(path / NAME):
-        raise DamagedCacheError(f"{path / ROOT} has no attribute cache_kd; {_way_to_a_root(path)}")
+    if not isinstance(ours, dict) and store.exists(NAME):
+        raise DamagedCacheError(f"{store.where(ROOT)} has no attribute cache_kd; {_way_to_a_root(store)}")
     if not isinstance(ours, dict):
-        raise MissingFileError(f"{path} is not a cache of cache-kd: its {ROOT} has no attribute cache_kd")
+        raise MissingFileError(f"{store.place} is not a cache of cache-kd: its {ROOT} has no attribute cache_kd")
     if ours.get("format") != FORMAT:
         raise MismatchError(
-            f"{path / ROOT} has cache format {ours.get('format')!r}, this version reads {FORMAT}; "
+            f"{store.where(ROOT)} has cache format {ours.get('format')!r}, this version reads {FORMAT}; "
             "extract it again with `cache-kd extract`"
         )
     return ours
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Return the manifest of the complete cache at `path`.
+def _no_cache(store: Store) -> MissingFileError:
+    make = "make one with `cache-kd extract --teacher best.pt`"
+    if store.entries() is None:
+        return MissingFileError(f"no cache at {store.place}; {make}")
+    return MissingFileError(f"{store.place} is not a cache: it has no {ROOT}; {make}")
+
+
+def read_manifest(place: Place | Store) -> Manifest:
+    """Return the manifest of the complete cache at `place`.
 
     Raises:
         MissingFileError: no cache there. MismatchError: another format. DamagedCacheError: unfinished or damaged.
     """
-    root = read_root(path)
-    if not (path / NAME).is_file():
+    store = open_store(place)
+    root = read_root(store)
+    if not store.exists(NAME):
         raise DamagedCacheError(
-            f"{path} has no {NAME}: an unfinished cache; run the same `cache-kd extract` again, it goes on where it was"
+            f"{store.place} has no {NAME}: an unfinished cache; run the same `cache-kd extract` again, it goes on "
+            "where it was"
         )
-    manifest = load_manifest(path)
+    manifest = load_manifest(store)
     expected = root_attributes(manifest.identity, manifest.columns, manifest.num_images)
     if differing := sorted(key for key in {*root, *expected} if root.get(key) != expected.get(key)):
         raise DamagedCacheError(
-            f"{path / ROOT} and {NAME} name different {', '.join(differing)}; "
-            f"`cache-kd verify {path} --repair` writes {ROOT} again"
+            f"{store.where(ROOT)} and {NAME} name different {', '.join(differing)}; "
+            f"`cache-kd verify {store.place} --repair` writes {ROOT} again"
         )
     return manifest
 
 
-def _way_to_a_root(path: Path) -> str:
+def _way_to_a_root(store: Store) -> str:
     """Return what to type when the root group is damaged: a sound manifest tells all that it said."""
     try:
-        load_manifest(path)
+        load_manifest(store)
     except DamagedCacheError:
-        return f"nothing else tells what it said: delete {path} and extract again"
-    return f"`cache-kd verify {path} --repair` writes it again"
+        return f"nothing else tells what it said: delete {store.place} and extract again"
+    return f"`cache-kd verify {store.place} --repair` writes it again"
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Return the manifest in the folder `path`, whatever else is there; raises `DamagedCacheError` if it is damaged."""
-    where = str(path / NAME)
+def load_manifest(place: Place | Store) -> Manifest:
+    """Return the manifest at `place`, whatever else is there; raises `DamagedCacheError` if missing or damaged."""
+    store = open_store(place)
+    where = store.where(NAME)
     try:
-        data = parse_json(_read(path, NAME), path / NAME)
+        content = _find(store, NAME)
+        if content is None:
+            raise DamagedCacheError(f"{where}: the file is missing")
+        data = parse_json(content, where)
         try:
-            content = open_seal(data)
+            fields = open_seal(data)
         except DamagedCacheError as error:
             raise DamagedCacheError(f"{where}: {error}") from error
-        return Manifest.from_json(content, where)
+        return Manifest.from_json(fields, where)
     except DamagedCacheError as error:
         raise DamagedCacheError(
             f"{error}; the same `cache-kd extract` writes it again from the records of the units"
@@ -223,11 +236,11 @@ def root_attributes(identity: Mapping[str, Any], columns: Iterable[Column], num_
     return dict(json.loads(canonical_json(content)))
 
 
-def _read(path: Path, name: str) -> bytes:
+def _find(store: Store, name: str) -> bytes | None:
     try:
-        return read_inside(os.path.realpath(path), name, MAX_MANIFEST_BYTES)
+        return store.find(name, MAX_MANIFEST_BYTES)
     except DamagedCacheError as error:
-        raise DamagedCacheError(f"{path / name}: {error}") from error
+        raise DamagedCacheError(f"{store.where(name)}: {error}") from error
 
 
 def _faults(data: Any) -> list[str]:

@@ -7,16 +7,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from cache_kd.cache.files import open_inside, parse_json, read_inside, sha256
+from cache_kd.cache.files import parse_json, sha256
 from cache_kd.cache.layout import ArrayLayout, check_metadata, layouts, length_name, teacher_path
 from cache_kd.cache.manifest import MAX_JSON_BYTES, read_manifest
+from cache_kd.cache.places import open_store
 from cache_kd.cache.records import FileEntry, parse_shards, shards_path
 from cache_kd.cache.shard import Index, read_chunk, read_index, without_checksum
+from cache_kd.cache.store import Place, Store
 from cache_kd.errors import DamagedCacheError, SettingError, choices
 from cache_kd.structures import View
 
@@ -57,23 +58,27 @@ class _ProcessState:
 class CacheReader:
     """Reads a complete cache; safe to fork, to pickle and to use from several threads."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+    def __init__(self, place: Place | str | Store) -> None:
+        self.store = open_store(place)
+        self.manifest = read_manifest(self.store)
         self._begin()
 
     def _begin(self) -> None:
-        self._root = os.path.realpath(self.path)
         self.layouts = layouts(self.manifest.columns, self.manifest.num_images, self.manifest.shard_size)
         self._files: dict[View, dict[str, FileEntry]] = {}
         self._state = _ProcessState()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "manifest": self.manifest}
+        return {"store": self.store, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+    @property
+    def path(self) -> Place:
+        """Where the cache is."""
+        return self.store.place
 
     def close(self) -> None:
         """Close all files of this process; reading opens them again."""
@@ -127,12 +132,14 @@ class CacheReader:
         relative = teacher_path(name, len(array.shape))
         size = int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
         try:
-            content = read_inside(self._root, relative, size + 4)
+            content = self.store.read(relative, size + 4)
             body = without_checksum(content)
             if sha256(content) != array.sha256 or len(body) != size:
                 raise DamagedCacheError("sha256 does not match the manifest")
         except DamagedCacheError as error:
-            raise DamagedCacheError(f"{self.path / relative}: {error}; run `cache-kd verify {self.path}`") from error
+            raise DamagedCacheError(
+                f"{self.store.where(relative)}: {error}; run `cache-kd verify {self.path}`"
+            ) from error
         return body.view(np.dtype(array.dtype).newbyteorder("<")).reshape(array.shape).copy()
 
     def read_data(self) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class CacheReader:
             try:
                 self._files[view] = parse_shards(content, view, self.layouts)
             except DamagedCacheError as error:
-                where = self.path / shards_path(view)
+                where = self.store.where(shards_path(view))
                 raise DamagedCacheError(f"{where}: {error}; run `cache-kd verify {self.path}`") from error
         return self._files[view]
 
@@ -160,15 +167,17 @@ class CacheReader:
 
     def _read_json(self, relative: str, digest: str) -> Any:
         try:
-            content = read_inside(self._root, relative, MAX_JSON_BYTES)
+            content = self.store.read(relative, MAX_JSON_BYTES)
             if sha256(content) != digest:
                 raise DamagedCacheError("sha256 does not match the manifest")
         except DamagedCacheError as error:
-            raise DamagedCacheError(f"{self.path / relative}: {error}; run `cache-kd verify {self.path}`") from error
-        return parse_json(content, self.path / relative)
+            raise DamagedCacheError(
+                f"{self.store.where(relative)}: {error}; run `cache-kd verify {self.path}`"
+            ) from error
+        return parse_json(content, self.store.where(relative))
 
     def _damage(self, relative: str, view: View, index: int, error: Exception) -> DamagedCacheError:
-        where = f"{self.path / relative}: {error} (view {view.name}, sample {index})"
+        where = f"{self.store.where(relative)}: {error} (view {view.name}, sample {index})"
         return DamagedCacheError(f"{where}; run `cache-kd verify {self.path}`")
 
     def _row(self, state: _ProcessState, view: View, layout: ArrayLayout, shard: int, position: int) -> np.ndarray:
@@ -202,7 +211,7 @@ class CacheReader:
             return opened
         entry = self.files(view)[layout.shard_path(view, shard)]
         self._describe(state, view, layout)
-        descriptor = open_inside(self._root, entry.path)
+        descriptor = self.store.open(entry)
         try:
             size = os.fstat(descriptor).st_size
             if size != entry.bytes:
@@ -221,10 +230,10 @@ class CacheReader:
         if (view, layout.column.name) in state.described:
             return
         relative = f"{layout.folder(view)}/zarr.json"
-        where = str(self.path / relative)
+        where = self.store.where(relative)
         try:
-            content = read_inside(self._root, relative, _METADATA_BYTES)
+            content = self.store.read(relative, _METADATA_BYTES)
         except DamagedCacheError as error:
             raise DamagedCacheError(f"{where}: {error}") from error
-        check_metadata(parse_json(content, self.path / relative), layout.metadata(), where)
+        check_metadata(parse_json(content, where), layout.metadata(), where)
         state.described.add((view, layout.column.name))

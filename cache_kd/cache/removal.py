@@ -12,6 +12,7 @@ from cache_kd.cache.creation import discard
 from cache_kd.cache.files import clear_errors, sync_folder
 from cache_kd.cache.lock import WriterLock, lock_cache
 from cache_kd.cache.manifest import NAME, load_manifest, read_root
+from cache_kd.cache.places import open_store
 from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError
 
 
@@ -56,7 +57,7 @@ class CacheRemoval:
         with clear_errors(self.path, "deleting"):
             (self.path / NAME).unlink(missing_ok=True)
             sync_folder(self.path)
-        discard(self.path)
+        discard(open_store(self.path))
         return self.num_bytes - (folder_bytes(self.path) if self.path.exists() else 0)
 
 

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from cache_kd.cache.creation import DATA
-from cache_kd.cache.files import make_folder, read_inside, sha256, sweep, write_atomic
+from cache_kd.cache.files import make_folder, sha256, write_atomic
+from cache_kd.cache.folder_store import FolderStore
 from cache_kd.cache.layout import layouts, teacher_path
 from cache_kd.cache.listing import listed_files, metadata_files, read_record, recorded_files, unit_numbers
-from cache_kd.cache.lock import lock_cache
 from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, Manifest, load_manifest, read_root, root_attributes
 from cache_kd.cache.records import FileEntry, record_path, shards_json, shards_path
 from cache_kd.errors import DamagedCacheError, MismatchError
@@ -55,8 +55,9 @@ class CacheRepair:
         self.manifest: Manifest = load_manifest(path)
         self._layouts = layouts(self.manifest.columns, self.manifest.num_images, self.manifest.shard_size)
         self._root = os.path.realpath(path)
-        self._lock = lock_cache(path)
-        sweep(path)
+        self._store = FolderStore(path)
+        self._lock = self._store.lock()
+        self._store.sweep()
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +98,7 @@ class CacheRepair:
         """Return with what a unit was made: as its record says, else as another of the cache does."""
         for number in (shard, *unit_numbers(self.manifest)):
             try:
-                return read_record(self._root, self._layouts, view, number).environment
+                return read_record(self._store, self._layouts, view, number).environment
             except DamagedCacheError:
                 continue
         return self.manifest.environment
@@ -123,7 +124,7 @@ class CacheRepair:
         hashes = {DATA: self.manifest.data_sha256}
         hashes.update({teacher_path(name, len(a.shape)): a.sha256 for name, a in self.manifest.arrays.items()})
         for path in sorted(lost.sources):
-            content = read_inside(os.path.realpath(source), path, MAX_JSON_BYTES)
+            content = FolderStore(source).read(path, MAX_JSON_BYTES)
             if sha256(content) != hashes[path]:
                 raise MismatchError(
                     f"{self.path / path}: made again it differs from what the manifest vouches for"
@@ -140,20 +141,21 @@ class CacheRepair:
         """
         self._lock.sign()
         entries = self._entries(view)
-        record = read_record(os.path.realpath(source), self._layouts, view, shard)
+        made = FolderStore(source)
+        record = read_record(made, self._layouts, view, shard)
         if differing := sorted(entry.path for entry in record.files if entry != entries[entry.path]):
             raise MismatchError(f"{view.name} shard {shard}: made again, {', '.join(differing[:_LISTED])} differ")
         damaged = lost.units[view, shard]
         for path in sorted(damaged - {record_path(view, shard)}):
-            self._put(path, read_inside(os.path.realpath(source), path, entries[path].bytes))
+            self._put(path, made.read(path, entries[path].bytes))
         if record_path(view, shard) in damaged:
             self._put(record_path(view, shard), record.content())
 
     def _entries(self, view: View) -> dict[str, FileEntry]:
         try:
-            return listed_files(self._root, self.manifest, self._layouts, view)
+            return listed_files(self._store, self.manifest, self._layouts, view)
         except DamagedCacheError as error:
-            if recorded := recorded_files(self._root, self.manifest, self._layouts, view):
+            if recorded := recorded_files(self._store, self.manifest, self._layouts, view):
                 return recorded
             raise DamagedCacheError(
                 f"{self.path / shards_path(view)}: {error}, and the unit records do not tell either what it listed; "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-from cache_kd.cache.files import open_inside, read_inside, sha256
+from cache_kd.cache.files import sha256
 from cache_kd.cache.layout import ArrayLayout
 from cache_kd.cache.records import FileEntry, shards_path
 from cache_kd.cache.shard import check_frame, parse_index, without_checksum
+from cache_kd.cache.store import Store
 from cache_kd.errors import DamagedCacheError
 from cache_kd.structures import View
 
@@ -46,16 +46,13 @@ class ShardFile:
         return first, first + self.layout.rows(self.shard) - 1
 
 
-def size_faults(root: str, file: ShardFile) -> list[Fault]:
+def size_faults(store: Store, file: ShardFile) -> list[Fault]:
     """Return what is wrong with presence and size of a shard file; its content is not read."""
-    try:
-        descriptor = open_inside(root, file.entry.path)
-    except DamagedCacheError as error:
-        return [Fault(file.entry.path, str(error), file.view.name, file.samples)]
-    try:
-        return _wrong_size(file, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
+    size = store.size(file.entry.path)
+    if size is None:
+        what = "not a regular file" if store.exists(file.entry.path) else "the file is missing"
+        return [Fault(file.entry.path, what, file.view.name, file.samples)]
+    return _wrong_size(file, size)
 
 
 def _wrong_size(file: ShardFile, size: int) -> list[Fault]:
@@ -65,11 +62,11 @@ def _wrong_size(file: ShardFile, size: int) -> list[Fault]:
     return [Fault(file.entry.path, what, file.view.name, file.samples)]
 
 
-def shard_faults(root: str, file: ShardFile) -> list[Fault]:
+def shard_faults(store: Store, file: ShardFile) -> list[Fault]:
     """Return the faults of one shard file: of the file as a whole, then of each chunk whose bytes fail."""
     entry, layout, view, everything = file.entry, file.layout, file.view, file.samples
     try:
-        content = read_inside(root, entry.path, entry.bytes)
+        content = store.read(entry.path, entry.bytes)
         if wrong := _wrong_size(file, len(content)):
             return wrong
         index = parse_index(content[len(content) - layout.index_bytes :], len(content), layout, layout.rows(file.shard))

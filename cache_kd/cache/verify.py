@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache_kd.cache.creation import DATA
-from cache_kd.cache.files import TEMPORARY, find_leftovers, parse_json, read_inside, sha256
+from cache_kd.cache.files import TEMPORARY, parse_json, sha256
 from cache_kd.cache.last_use import LAST_USE
 from cache_kd.cache.layout import CHECKSUM, check_metadata, check_with_zarr, layouts, teacher_path
 from cache_kd.cache.listing import (
@@ -36,9 +34,11 @@ from cache_kd.cache.manifest import (
     load_manifest,
     read_manifest,
 )
+from cache_kd.cache.places import open_store
 from cache_kd.cache.records import FileEntry, record_path, shards_path
 from cache_kd.cache.shard import without_checksum
 from cache_kd.cache.shard_faults import Fault, ShardFile, shard_faults, size_faults
+from cache_kd.cache.store import Place, Store
 from cache_kd.errors import CacheKDError, DamagedCacheError
 from cache_kd.structures import View
 
@@ -53,7 +53,7 @@ class VerifyReport:
     Of `left_out` more shard files only presence and size were looked at.
     """
 
-    path: Path
+    path: Place
     files: int
     bytes: int
     faults: tuple[Fault, ...]
@@ -77,9 +77,9 @@ class VerifyReport:
 
 
 def verify_cache(
-    path: Path, *, jobs: int = 1, fraction: float = 1.0, seed: int = 0, progress: Progress | None = None
+    place: Place, *, jobs: int = 1, fraction: float = 1.0, seed: int = 0, progress: Progress | None = None
 ) -> VerifyReport:
-    """Read the complete cache at `path` from end to end and return everything that is wrong with it.
+    """Read the complete cache at `place` from end to end and return everything that is wrong with it.
 
     Args:
         jobs: threads that read and hash shard files.
@@ -91,64 +91,64 @@ def verify_cache(
         MissingFileError: no cache there. MismatchError: another format. DamagedCacheError: unfinished, or a manifest
             that cannot be read, without which nothing else means anything.
     """
-    path = Path(path)
-    manifest, faults = _manifest(path)
-    every, root = layouts(manifest.columns, manifest.num_images, manifest.shard_size), os.path.realpath(path)
+    store = open_store(place)
+    manifest, faults = _manifest(store)
+    every = layouts(manifest.columns, manifest.num_images, manifest.shard_size)
     for file, expected in metadata_files(manifest, every).items():
         if file != ROOT or not faults:
-            faults += _metadata_faults(root, file, expected)
-    faults += [*_data_faults(root, manifest), *_teacher_faults(root, manifest)]
-    listed, list_faults = _listed(root, manifest, every)
-    faults += [*list_faults, *_record_faults(root, manifest, every, listed)]
+            faults += _metadata_faults(store, file, expected)
+    faults += [*_data_faults(store, manifest), *_teacher_faults(store, manifest)]
+    listed, list_faults = _listed(store, manifest, every)
+    faults += [*list_faults, *_record_faults(store, manifest, every, listed)]
     files = _shard_files(listed, every)
     chosen = _chosen(len(files), fraction, seed)
-    faults += _all_shard_faults(root, files, chosen, jobs, progress)
+    faults += _all_shard_faults(store, files, chosen, jobs, progress)
     if len(listed) == len(manifest.views):
         entries = [(file.entry.path, file.entry.sha256) for file in files]
         if content_digest(manifest.identity, entries) != manifest.digest:
             faults.append(Fault(NAME, "digest is not that of the listed files and the identity"))
     seen = sum(files[number].entry.bytes for number in chosen)
-    notes = tuple(_notes(path, manifest, listed))
-    return VerifyReport(path, len(chosen), seen, tuple(faults), notes, len(files) - len(chosen))
+    notes = tuple(_notes(store, manifest, listed))
+    return VerifyReport(store.place, len(chosen), seen, tuple(faults), notes, len(files) - len(chosen))
 
 
-def _manifest(path: Path) -> tuple[Manifest, list[Fault]]:
+def _manifest(store: Store) -> tuple[Manifest, list[Fault]]:
     """Return the manifest, and as a fault what is wrong with the root group: the manifest tells all that it does."""
     try:
-        return read_manifest(path), []
+        return read_manifest(store), []
     except CacheKDError as error:
-        if not os.path.lexists(path / NAME):
+        if not store.exists(NAME):
             raise
-        found = load_manifest(path)
-        return found, [Fault(ROOT, str(error).removeprefix(f"{path / ROOT}").lstrip(": ").split("; `cache-kd")[0])]
+        found = load_manifest(store)
+        return found, [Fault(ROOT, str(error).removeprefix(store.where(ROOT)).lstrip(": ").split("; `cache-kd")[0])]
 
 
-def _metadata_faults(root: str, path: str, expected: dict[str, Any]) -> list[Fault]:
+def _metadata_faults(store: Store, path: str, expected: dict[str, Any]) -> list[Fault]:
     """Return what is wrong with a `zarr.json`, as the manifest and, of an array, as zarr-python see it."""
     try:
-        content = read_inside(root, path, MAX_JSON_BYTES)
-        check_metadata(parse_json(content, Path(path)), expected, path)
+        content = store.read(path, MAX_JSON_BYTES)
+        check_metadata(parse_json(content, path), expected, path)
         if expected["node_type"] == "array":
-            check_with_zarr(Path(root, path).parent, expected)
+            check_with_zarr(content, expected)
     except DamagedCacheError as error:
         return [Fault(path, str(error).removeprefix(f"{path}: "))]
     return []
 
 
-def _data_faults(root: str, manifest: Manifest) -> list[Fault]:
+def _data_faults(store: Store, manifest: Manifest) -> list[Fault]:
     try:
-        read_hashed(root, DATA, manifest.data_sha256)
+        read_hashed(store, DATA, manifest.data_sha256)
     except DamagedCacheError as error:
         return [Fault(DATA, str(error))]
     return []
 
 
-def _teacher_faults(root: str, manifest: Manifest) -> list[Fault]:
+def _teacher_faults(store: Store, manifest: Manifest) -> list[Fault]:
     faults: list[Fault] = []
     for name, array in manifest.arrays.items():
         path = teacher_path(name, len(array.shape))
         try:
-            content = read_inside(root, path, math.prod(array.shape) * np.dtype(array.dtype).itemsize + CHECKSUM)
+            content = store.read(path, math.prod(array.shape) * np.dtype(array.dtype).itemsize + CHECKSUM)
             if sha256(content) != array.sha256:
                 raise DamagedCacheError("sha256 does not match the manifest")
             without_checksum(content)
@@ -157,28 +157,28 @@ def _teacher_faults(root: str, manifest: Manifest) -> list[Fault]:
     return faults
 
 
-def _listed(root: str, manifest: Manifest, every: Layouts) -> tuple[Listed, list[Fault]]:
+def _listed(store: Store, manifest: Manifest, every: Layouts) -> tuple[Listed, list[Fault]]:
     """Return the shard files of each view that can be known, and the lists that are damaged."""
     listed: Listed = {}
     faults: list[Fault] = []
     for view in manifest.views:
         try:
-            listed[view] = listed_files(root, manifest, every, view)
+            listed[view] = listed_files(store, manifest, every, view)
         except DamagedCacheError as error:
             faults.append(Fault(shards_path(view), str(error), view.name, (0, manifest.num_images - 1)))
-            if recorded := recorded_files(root, manifest, every, view):
+            if recorded := recorded_files(store, manifest, every, view):
                 listed[view] = recorded
     return listed, faults
 
 
-def _record_faults(root: str, manifest: Manifest, every: Layouts, listed: Listed) -> Iterator[Fault]:
+def _record_faults(store: Store, manifest: Manifest, every: Layouts, listed: Listed) -> Iterator[Fault]:
     """Yield the unit records that are lost or wrong: training does not read them, the next extraction does."""
     for view in listed:  # of others nothing shows that there are as many units as the manifest declares
         for shard in unit_numbers(manifest):
             first = shard * manifest.shard_size
             samples = (first, min(first + manifest.shard_size, manifest.num_images) - 1)
             try:
-                record = read_record(root, every, view, shard)
+                record = read_record(store, every, view, shard)
                 if any(listed[view][entry.path] != entry for entry in record.files):
                     raise DamagedCacheError(f"it lists other files than {shards_path(view)}")
             except DamagedCacheError as error:
@@ -202,7 +202,7 @@ def _chosen(count: int, fraction: float, seed: int) -> Sequence[int]:
 
 
 def _all_shard_faults(
-    root: str, files: list[ShardFile], chosen: Sequence[int], jobs: int, progress: Progress | None
+    store: Store, files: list[ShardFile], chosen: Sequence[int], jobs: int, progress: Progress | None
 ) -> list[Fault]:
     """Return the faults of all shard files in their order; those not chosen are only measured."""
     wanted = set(chosen)
@@ -211,7 +211,7 @@ def _all_shard_faults(
     faults: list[Fault] = []
 
     def look(number: int) -> list[Fault]:
-        return shard_faults(root, files[number]) if number in wanted else size_faults(root, files[number])
+        return shard_faults(store, files[number]) if number in wanted else size_faults(store, files[number])
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -226,21 +226,26 @@ def _all_shard_faults(
     return faults
 
 
-def _notes(path: Path, manifest: Manifest, listed: Listed) -> Iterator[str]:
+def _notes(store: Store, manifest: Manifest, listed: Listed) -> Iterator[str]:
     """Yield a line for each file that nothing lists."""
-    for leftover in find_leftovers(path):
-        yield f"{leftover.relative_to(path)}: left behind by a writer that died; the next extraction deletes it"
-    if os.path.lexists(path / HOLDER):
+    files = [path for path, _ in store.files()]
+    for path in sorted(files):
+        if _name(path).startswith(TEMPORARY):
+            yield f"{path}: left behind by a writer that died; the next extraction deletes it"
+    if store.exists(HOLDER):
         yield f"{HOLDER}: a writer is at work, or one died; the next extraction replaces it"
     known = {entry.path for files in listed.values() for entry in files.values()}
     known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, LOCK, HOLDER, LAST_USE}
     known |= {teacher_path(name, len(array.shape)) for name, array in manifest.arrays.items()}
     views = {view.name for view in manifest.views}
-    for folder, _, names in os.walk(path):
-        for name in sorted(names):
-            relative = Path(folder, name).relative_to(path)
-            if relative.as_posix() in known or name == ROOT or name.startswith(TEMPORARY):
-                continue
-            if relative.parts[0] == "units" and relative.stem.rsplit("-", 1)[0] in views:
-                continue
-            yield f"{relative.as_posix()}: no manifest lists this file"
+    for path in files:
+        name = _name(path)
+        if path in known or name == ROOT or name.startswith(TEMPORARY):
+            continue
+        if path.startswith("units/") and name.removesuffix(".json").rsplit("-", 1)[0] in views:
+            continue
+        yield f"{path}: no manifest lists this file"
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
 import numpy as np
 
 from cache_kd.cache import creation
-from cache_kd.cache.files import (
-    clear_errors,
-    create_only,
-    make_folder,
-    parse_json,
-    read_inside,
-    seal,
-    sha256,
-    write_atomic,
-)
+from cache_kd.cache.files import parse_json, seal, sha256
 from cache_kd.cache.layout import FORMAT, check_columns, group_metadata, layouts, shard_size
-from cache_kd.cache.lock import WriterLock, lock_cache
 from cache_kd.cache.manifest import (
     MAX_JSON_BYTES,
     NAME,
@@ -35,7 +23,9 @@ from cache_kd.cache.manifest import (
     content_digest,
     read_manifest,
 )
+from cache_kd.cache.places import open_store
 from cache_kd.cache.records import FileEntry, UnitRecord, parse_record, record_path, shards_json, shards_path
+from cache_kd.cache.store import Lock, Place, Store
 from cache_kd.cache.units import check_rows, encode_unit
 from cache_kd.errors import CacheKDError, DamagedCacheError, SettingError
 from cache_kd.fingerprint import canonical_json, digest_json
@@ -50,8 +40,8 @@ _log = logging.getLogger(__name__)
 class CacheWriter:
     """Writes one cache; only one writer has it open at a time. Get one from `open_or_create`."""
 
-    def __init__(self, path: Path, start: creation.Start, arrays: dict[str, TeacherArray], lock: WriterLock) -> None:
-        self.path = path
+    def __init__(self, store: Store, start: creation.Start, arrays: dict[str, TeacherArray], lock: Lock) -> None:
+        self.store = store
         self._start = start
         self._arrays = arrays
         self._lock = lock
@@ -61,7 +51,7 @@ class CacheWriter:
     @classmethod
     def open_or_create(
         cls,
-        path: Path,
+        place: Place | Store,
         *,
         identity: dict[str, Any],
         data: dict[str, Any],
@@ -69,7 +59,7 @@ class CacheWriter:
         num_images: int,
         teacher_arrays: dict[str, np.ndarray],
     ) -> CacheWriter:
-        """Return the writer of the cache at `path`, which is created, or goes on where an earlier one ended.
+        """Return the writer of the cache at `place`, which is created, or goes on where an earlier one ended.
 
         Args:
             identity: what the content depends on, JSON; parts that differ from the cache's are named.
@@ -81,24 +71,28 @@ class CacheWriter:
             MismatchError: a cache of another identity. SettingError: a folder of other things, or impossible columns.
             CacheKDError: another writer is at work, or the disk refuses.
         """
-        path = Path(path)
+        store = open_store(place)
         check_columns(columns)
         if num_images < 1:
             raise SettingError(f"a cache needs at least one image, got {num_images}")
         start = creation.Start(identity, data, tuple(columns), num_images, teacher_arrays)
-        creation.check_folder(path)
-        fresh = not path.exists()
-        make_folder(path)
-        lock = lock_cache(path)
+        fresh = creation.check_place(store)
+        store.begin()
+        lock = store.lock()
         try:
-            start, arrays = creation.create_or_check(path, start)
+            start, arrays = creation.create_or_check(store, start)
         except BaseException:
-            if fresh and not (path / "units").exists():  # begun by this call: an interrupt leaves no folder behind
+            if fresh and "units" not in (store.entries() or ()):  # begun by this call: an interrupt leaves nothing
                 with contextlib.suppress(CacheKDError):
-                    creation.discard(path)
+                    creation.discard(store)
             lock.release()
             raise
-        return cls(path, start, arrays, lock)
+        return cls(store, start, arrays, lock)
+
+    @property
+    def place(self) -> Place:
+        """Where the cache is."""
+        return self.store.place
 
     @property
     def shard_size(self) -> int:
@@ -154,15 +148,15 @@ class CacheWriter:
         started = time.perf_counter()
         files = []
         for entry, content in encode_unit(rows, self._layouts, view, shard):
-            make_folder((self.path / entry.path).parent)
-            write_atomic(self.path / entry.path, content)
+            self.store.write(entry.path, content)
             files.append(entry)
         taken = {} if seconds is None else {**seconds, "write": round(time.perf_counter() - started, 6)}
         record = UnitRecord(view, shard, attempt, environment, tuple(files), taken)
-        target = self.path / record_path(view, shard)
-        make_folder(target.parent)
-        if not create_only(target, record.content()):
-            raise CacheKDError(f"{target}: another writer recorded this unit meanwhile; run the same command again")
+        relative = record_path(view, shard)
+        if not self.store.create(relative, record.content()):
+            raise CacheKDError(
+                f"{self.store.where(relative)}: another writer recorded this unit meanwhile; run the same command again"
+            )
         return record
 
     def finish(self, views: Sequence[View], manifest: dict[str, Any]) -> Manifest:
@@ -185,9 +179,9 @@ class CacheWriter:
         for view in every:
             content = shards_json(view, entries[view])
             shards[view.name] = sha256(content)
-            self._publish(self.path / shards_path(view), content)
+            self._publish(shards_path(view), content)
         result = self._manifest(every, shards, entries, manifest)
-        self._publish(self.path / NAME, seal(result.to_json()))
+        self._publish(NAME, seal(result.to_json()))
         self.close()
         return result
 
@@ -209,34 +203,28 @@ class CacheWriter:
 
     def _hold(self) -> None:
         if not self._lock.is_locked:
-            self._lock = lock_cache(self.path)
+            self._lock = self.store.lock()
 
     def _describe(self, view: View) -> None:
         """Write the view's group and array metadata unless they are there."""
         if view in self._described:
             return
-        folder = self.path / "views" / view.name
-        make_folder(folder)
-        self._publish(folder.parent / "zarr.json", canonical_json(group_metadata({})))
-        self._publish(folder / "zarr.json", canonical_json(group_metadata({})))
+        for group in ("views", f"views/{view.name}"):
+            self._publish(f"{group}/zarr.json", canonical_json(group_metadata({})))
         for layout in self._layouts.values():
-            make_folder(self.path / layout.folder(view))
-            self._publish(self.path / layout.folder(view) / "zarr.json", canonical_json(layout.metadata()))
+            self._publish(f"{layout.folder(view)}/zarr.json", canonical_json(layout.metadata()))
         self._described.add(view)
 
-    def _publish(self, path: Path, content: bytes) -> None:
+    def _publish(self, relative: str, content: bytes) -> None:
         """Write `content` unless the file holds it already: topping up touches no file of an older view."""
-        with clear_errors(path, "reading"):
-            if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
-                return
-        write_atomic(path, content)
+        if self.store.size(relative) != len(content) or self.store.read(relative, len(content)) != content:
+            self.store.write(relative, content)
 
     def _read_record(self, view: View, shard: int) -> Any:
         """Return the JSON of the unit's record; None if there is no such file."""
         relative = record_path(view, shard)
-        if not os.path.lexists(self.path / relative):
-            return None
-        return parse_json(read_inside(os.path.realpath(self.path), relative, MAX_JSON_BYTES), self.path / relative)
+        content = self.store.find(relative, MAX_JSON_BYTES)
+        return None if content is None else parse_json(content, self.store.where(relative))
 
     def _attempts(self, view: View, shard: int) -> int:
         """Return how often the unit was recorded before, as far as its record tells."""
@@ -259,22 +247,21 @@ class CacheWriter:
         except DamagedCacheError as error:
             _log.warning("%s shard %d is done again: %s", view.name, shard, error)
         self._hold()
-        with clear_errors(self.path / record_path(view, shard), "deleting"):
-            (self.path / record_path(view, shard)).unlink(missing_ok=True)
+        self.store.delete(record_path(view, shard))
         return None
 
     def _check_file(self, entry: FileEntry) -> None:
-        path = self.path / entry.path
-        if path.is_symlink() or not path.is_file():
-            raise DamagedCacheError(f"{path} is missing")
-        if (size := path.stat().st_size) != entry.bytes:
-            raise DamagedCacheError(f"{path} has {size} bytes, its record says {entry.bytes}")
+        size = self.store.size(entry.path)
+        if size is None:
+            raise DamagedCacheError(f"{self.store.where(entry.path)} is missing")
+        if size != entry.bytes:
+            raise DamagedCacheError(f"{self.store.where(entry.path)} has {size} bytes, its record says {entry.bytes}")
 
     def _earlier_views(self) -> tuple[View, ...]:
-        if not (self.path / NAME).exists():
+        if not self.store.exists(NAME):
             return ()
         try:
-            return read_manifest(self.path).views
+            return read_manifest(self.store).views
         except DamagedCacheError as error:
             _log.warning("the earlier manifest is replaced: %s", error)
             return ()
@@ -293,7 +280,7 @@ class CacheWriter:
         if missing:
             more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
             raise DamagedCacheError(
-                f"{self.path}: unfinished, missing {', '.join(missing[:_LISTED])}{more}; "
+                f"{self.place}: unfinished, missing {', '.join(missing[:_LISTED])}{more}; "
                 "run the same `cache-kd extract` again"
             )
         return entries
@@ -321,5 +308,5 @@ class CacheWriter:
             "shards": shards,
             "digest": content_digest(self._start.identity, files),
         }
-        where = f"{self.path / NAME} as it would be written"
-        return Manifest.from_json(parse_json(canonical_json(plain), self.path / NAME), where)
+        where = f"{self.store.where(NAME)} as it would be written"
+        return Manifest.from_json(parse_json(canonical_json(plain), where), where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,13 +38,13 @@ def costs(cache: Cache, bytes_by_column: Mapping[str, int]) -> dict[str, Any]:
 
 def recorded_seconds(cache: Cache) -> tuple[dict[str, float], int]:
     """Return the seconds of all units by stage, and how many items they are of: those whose record is whole."""
-    manifest, root = cache.manifest, os.path.realpath(cache.path)
+    manifest = cache.manifest
     seconds: dict[str, float] = {}
     timed = 0
     for view in manifest.views:
         for shard in unit_numbers(manifest):
             try:
-                record = read_record(root, cache.reader.layouts, view, shard)
+                record = read_record(cache.reader.store, cache.reader.layouts, view, shard)
             except DamagedCacheError:
                 continue
             for stage, value in record.seconds.items():

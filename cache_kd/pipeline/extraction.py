@@ -17,6 +17,7 @@ from cache_kd.cache.creation import discard
 from cache_kd.cache.disk import free_bytes, write_rate
 from cache_kd.cache.layout import shard_size
 from cache_kd.cache.manifest import Manifest
+from cache_kd.cache.places import open_store
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import FIDELITIES, ViewCodec
@@ -105,7 +106,7 @@ def nothing_left(path: Path, made: Sequence[Path]) -> Iterator[None]:
         yield
     except (CacheKDError, KeyboardInterrupt):
         if path in made and not any(path.glob("units/**/*.json")):
-            discard(path)
+            discard(open_store(path))
             remove_empty(made[1:])
         raise
 
