@@ -25,8 +25,8 @@ from cache_kd.report.heat_maps import HeatMap, heat_picture
 from cache_kd.structures import SampleTargets, TargetBatch, View, ViewSample
 from cache_kd.student.detections import THRESHOLD, Detections, count_found, detections
 from cache_kd.ultralytics_bridge.gate import import_user_modules
+from cache_kd.ultralytics_bridge.heads import check_levels
 from cache_kd.ultralytics_bridge.teacher import Teacher, load_teacher
-from cache_kd.ultralytics_bridge.trainer import check_levels
 from cache_kd.views.seeding import pixel_hash
 
 SHEET_IMAGES, SHEET_VIEWS = 4, 6

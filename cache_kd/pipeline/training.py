@@ -27,8 +27,14 @@ from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
 from cache_kd.ultralytics_bridge.models import check_pretrained, check_resumed, check_student
-from cache_kd.ultralytics_bridge.settings import check_settings, check_training_settings
-from cache_kd.ultralytics_bridge.trainer import DistillPlan, DistillTrainer, check_pixel_settings, fixed_overrides
+from cache_kd.ultralytics_bridge.plan import DistillPlan
+from cache_kd.ultralytics_bridge.settings import (
+    check_pixel_settings,
+    check_settings,
+    check_training_settings,
+    fixed_overrides,
+)
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
 from cache_kd.views.recipe import Recipe
 

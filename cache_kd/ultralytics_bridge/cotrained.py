@@ -17,15 +17,22 @@ from ultralytics.utils.torch_utils import unwrap_model
 from cache_kd.errors import MismatchError
 from cache_kd.losses import LossSpec
 from cache_kd.structures import TargetBatch
+from cache_kd.ultralytics_bridge.adapters import MAX_NORM
 from cache_kd.ultralytics_bridge.heads import describe_head, detector_output, score_map
-from cache_kd.ultralytics_bridge.run_files import NEXT, full_disk_in_one_line, next_to, publish_next, write_tensors
+from cache_kd.ultralytics_bridge.plan import DistillPlan
+from cache_kd.ultralytics_bridge.run_files import (
+    full_disk_in_one_line,
+    next_to,
+    publish_next,
+    sidecar_of,
+    write_tensors,
+)
 from cache_kd.ultralytics_bridge.student import TARGETS
 from cache_kd.ultralytics_bridge.teacher import Checkpoint
-from cache_kd.ultralytics_bridge.trainer import DistillPlan, DistillTrainer, read_sidecar
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.views.recipe import Recipe
 
 SIDECAR = "teacher_last.pt"
-MAX_NORM = 10.0
 
 
 class CotrainedTrainer(DistillTrainer):
@@ -121,14 +128,13 @@ class CotrainedTrainer(DistillTrainer):
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         super()._load_checkpoint_state(ckpt)
-        for name in (SIDECAR, SIDECAR + NEXT):
-            file = self.wdir / name
-            if file.exists() and (held := read_sidecar(file, self.device))["epoch"] == ckpt["epoch"]:
-                self.teacher.load_state_dict(held["state"])
-                if file.suffix == NEXT:
-                    publish_next(self.wdir / SIDECAR)
-                return
-        raise MismatchError(f"{self.wdir / SIDECAR} does not hold the teacher of epoch {ckpt['epoch'] + 1}")
+        found = sidecar_of(self.wdir / SIDECAR, ckpt["epoch"], self.device)
+        if found is None:
+            raise MismatchError(f"{self.wdir / SIDECAR} does not hold the teacher of epoch {ckpt['epoch'] + 1}")
+        file, state = found
+        self.teacher.load_state_dict(state)
+        if file != self.wdir / SIDECAR:
+            publish_next(self.wdir / SIDECAR)
 
 
 def live_plan(checkpoint: Checkpoint, losses: tuple[LossSpec, ...], overrides: Mapping[str, Any]) -> DistillPlan:

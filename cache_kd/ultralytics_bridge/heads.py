@@ -94,6 +94,16 @@ def describe_head(model: nn.Module, purpose: str, *, layers: Sequence[str] = ())
     )
 
 
+def check_levels(teacher: HeadSpec, student: HeadSpec) -> None:
+    """Raise `MismatchError` unless both heads have the same feature levels."""
+    strides = [[tap.stride for tap in head.taps] for head in (teacher, student)]
+    if strides[0] != strides[1]:
+        raise MismatchError(
+            f"the student's head has strides {strides[1]}, the cache's targets have {strides[0]}; "
+            "allowed: a student with the teacher's levels, as any YOLOv8, YOLO11, YOLO12 or YOLO26 detection model"
+        )
+
+
 def hold_layers(head: Detect) -> list[nn.BatchNorm2d]:
     """Return the normalisations whose outputs are the head's hold features after each of its convolutions.
 

@@ -17,7 +17,8 @@ from ultralytics.engine import trainer as engine
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from cache_kd.cache.files import clear_errors, publish, write_atomic
-from cache_kd.errors import DiskSpaceError
+from cache_kd.errors import DiskSpaceError, InputDataError
+from cache_kd.ultralytics_bridge.gate import checkpoint_globals
 
 NEXT = ".next"
 
@@ -39,6 +40,35 @@ def publish_next(path: Path) -> None:
     waiting = next_to(path)
     if waiting.exists():
         publish(waiting, path)
+
+
+def read_sidecar(path: Path, device: torch.device) -> dict[str, Any]:
+    """Return what a file beside last.pt holds, {epoch, state}, read as data whatever the student is trusted with.
+
+    Raises:
+        InputDataError: Not such a file, or one that names code.
+    """
+    try:
+        held = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds here; all mean that these are no adapters
+        named = ", ".join(checkpoint_globals(path) or []) or "nothing"
+        raise InputDataError(
+            f"{path} does not hold adapters as data (it names {named}); start a new run, its other files are no use"
+        ) from error
+    if not isinstance(held, dict) or type(held.get("epoch")) is not int or not isinstance(held.get("state"), dict):
+        raise InputDataError(f"{path} does not hold adapters: expected an epoch and their state; start a new run")
+    return held
+
+
+def sidecar_of(path: Path, epoch: int, device: torch.device) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file, `path` or its next content, that belongs to last.pt at `epoch`, and the state that it holds.
+
+    Killed between the two renames, a run leaves both; only one of them is of last.pt's epoch.
+    """
+    for file in (path, next_to(path)):
+        if file.exists() and (held := read_sidecar(file, device))["epoch"] == epoch:
+            return file, held["state"]
+    return None
 
 
 @contextlib.contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from ultralytics.cfg import check_dict_alignment, get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.torch_utils import select_device
 
-from cache_kd.errors import SettingError
+from cache_kd.errors import CacheKDError, SettingError
+from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
 
 
 def default_settings() -> dict[str, Any]:
@@ -67,3 +71,54 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     except (SyntaxError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise SettingError(text.split("Arguments received")[0].strip() or "not an Ultralytics setting") from None
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn what Ultralytics raises while it prepares a run into an error of ours, of one line."""
+    try:
+        yield
+    except CacheKDError:
+        raise
+    except (AssertionError, FileNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SettingError(
+            f"Ultralytics cannot start this run: {reason}; see its traceback: cache-kd --debug"
+        ) from error
+
+
+def check_device(device: object) -> None:
+    """Raise `SettingError` unless `device` is one device that can be used here; None lets Ultralytics choose."""
+    try:
+        select_device("" if device is None else device, verbose=False)
+    except (ValueError, RuntimeError):
+        count = torch.cuda.device_count()
+        seen = f"cpu, or one of the {count} GPUs that torch sees, as device=0" if count else "cpu; torch sees no GPU"
+        raise SettingError(f"device={device} cannot be used here; allowed: {seen}") from None
+    if device is not None and len(str(device).strip("[]()").split(",")) > 1:
+        raise SettingError(f"device={device}: several devices are not supported; allowed: one, as device=0")
+
+
+def check_pixel_settings(settings: Mapping[str, Any], recipe: Recipe, imgsz: int) -> None:
+    """Raise `SettingError` when a training setting would change the pixels that the targets belong to."""
+    faults = [
+        f"{key}={value!r} (the cache has {mine!r})" for key, (mine, value) in recipe.differences(settings).items()
+    ]
+    if "imgsz" in settings and settings["imgsz"] != imgsz:
+        faults.append(f"imgsz={settings['imgsz']!r} (the cache has {imgsz})")
+    for key, allowed in BATCH_PIXEL_KEYS.items():
+        if key in settings and settings[key] not in allowed:
+            faults.append(f"{key}={settings[key]!r} (allowed: {allowed[0]!r})")
+    if settings.get("cache") == "disk":
+        faults.append("cache='disk' (writes .npy files beside the images; allowed: ram, False)")
+    if faults:
+        raise SettingError(
+            f"settings that change pixels are fixed by the cache: {', '.join(faults)}; leave them out, or run "
+            "cache-kd extract again with them"
+        )
+
+
+def fixed_overrides(recipe: Recipe, imgsz: int) -> dict[str, Any]:
+    """Return the settings of a run that the cache fixes, so that args.yaml says what was shown."""
+    values = {key: value for key, value in recipe.to_json().items() if value is not None and key in RECIPE_KEYS}
+    return {**values, "imgsz": imgsz, "multi_scale": 0.0, "rect": False}

@@ -3,90 +3,51 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, RANK
-from ultralytics.utils.torch_utils import select_device, unwrap_model
+from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.cache.files import write_atomic
 from cache_kd.config import to_yaml
-from cache_kd.errors import AlarmError, CacheKDError, InputDataError, MismatchError, SettingError
-from cache_kd.losses import LossSpec
-from cache_kd.structures import FrozenHead, HeadSpec, TargetBatch, View
-from cache_kd.student.alarms import TermWatch
+from cache_kd.errors import AlarmError, CacheKDError, MismatchError, SettingError
 from cache_kd.student.batch import target_columns
 from cache_kd.student.distiller import Distiller
-from cache_kd.student.loader import ViewLoader, ViewSampler
-from cache_kd.student.prefetch import Prefetch, choose_prefetch, free_shared_memory
+from cache_kd.student.loader import ViewSampler
 from cache_kd.student.schedule import ViewSchedule
-from cache_kd.ultralytics_bridge.dataset import DECODED_BYTES
+from cache_kd.ultralytics_bridge.adapters import add_adapters, clip_apart, distiller_of, without_distiller
 from cache_kd.ultralytics_bridge.first_batch import NAME as FIRST_BATCH
-from cache_kd.ultralytics_bridge.first_batch import TeacherBoxes, draw_first_batch
-from cache_kd.ultralytics_bridge.gate import checkpoint_globals, readable
-from cache_kd.ultralytics_bridge.heads import describe_head
-from cache_kd.ultralytics_bridge.packed import PackedViews
+from cache_kd.ultralytics_bridge.first_batch import draw_first_batch
+from cache_kd.ultralytics_bridge.gate import readable
+from cache_kd.ultralytics_bridge.heads import check_levels, describe_head
+from cache_kd.ultralytics_bridge.plan import DistillPlan
 from cache_kd.ultralytics_bridge.run_files import (
-    NEXT,
     drop_leftovers,
     full_disk_in_one_line,
     keep_epochs,
     next_to,
     publish_next,
+    sidecar_of,
     stripped_whole,
     write_tensors,
     written_aside,
 )
 from cache_kd.ultralytics_bridge.scan import validation_set
-from cache_kd.ultralytics_bridge.student import TARGETS, DistilledMixin, attach_distiller
-from cache_kd.ultralytics_bridge.training_data import PackedTrainingDataset, TargetSource, TrainingDataset
-from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
+from cache_kd.ultralytics_bridge.settings import check_device, one_line
+from cache_kd.ultralytics_bridge.stream import TrainingSet, training_loader, training_set
+from cache_kd.ultralytics_bridge.student import TARGETS, attach_distiller
+from cache_kd.ultralytics_bridge.watch import GRADIENTS, StepWatch
 
 LOG = logging.getLogger(__name__)
 SIDECAR = "kd_last.pt"
-GRADIENTS = "kd_gradients.csv"
-
-
-@dataclass(frozen=True)
-class DistillPlan:
-    """What a run takes from a cache.
-
-    Attributes:
-        losses: the terms; empty for a plain run on the same views.
-        views: the cache's views. recipe, imgsz, seed: what its pixels are made of.
-        teacher: its teacher's head. targets: where items find their columns; None without losses.
-        needs_to_columns, decode: the codec's, by which columns become targets on the device.
-        head: returns the teacher's head, for losses that run it.
-        check_data: called with a training set of images before the first epoch; raises when it is not the teacher's.
-        packed: the views that the cache keeps itself, which replace images; None where it keeps none.
-        record: what `cache_kd.yaml` in the run's folder says; a resumed run must agree with it.
-        boxes: the teacher's boxes of a view, for the picture of the first batch; None where the cache has no logits.
-    """
-
-    losses: tuple[LossSpec, ...]
-    views: tuple[View, ...]
-    recipe: Recipe
-    imgsz: int
-    seed: int
-    teacher: HeadSpec
-    targets: TargetSource | None
-    decode: Callable[[Mapping[str, torch.Tensor]], TargetBatch]
-    head: Callable[[], FrozenHead]
-    check_data: Callable[[TrainingDataset], None]
-    packed: PackedViews | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
-    boxes: TeacherBoxes | None = None
 
 
 class DistillTrainer(DetectionTrainer):
@@ -102,15 +63,15 @@ class DistillTrainer(DetectionTrainer):
         check_device(overrides.get("device"))
         project = Path(overrides["project"])
         self._made = [folder for folder in (project, *project.parents) if not folder.exists()]
-        with _one_line():
+        with one_line():
             super().__init__(DEFAULT_CFG, overrides, _callbacks)
         if self.device.type == "cpu" and workers:
             self.args.workers = workers  # Ultralytics sets 0 on the CPU even where the user asked for some
         if self.args.compile and plan.losses:
             LOG.warning("compile=%s is switched off: torch.compile is untested with distillation", self.args.compile)
             self.args.compile = False
-        self._dataset: TrainingDataset | PackedTrainingDataset | None = None
-        self._watch = TermWatch(shlex.quote(str(plan.record.get("cache", "CACHE"))))
+        self._dataset: TrainingSet | None = None
+        self._watch = StepWatch(shlex.quote(str(plan.record.get("cache", "CACHE"))))
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -118,19 +79,8 @@ class DistillTrainer(DetectionTrainer):
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
         if mode != "train":
             return validation_set(self.args, img_path, batch=batch, data=self.data, mode=mode, stride=stride)
-        if self._dataset is None and self.plan.packed is not None:
-            self._dataset = PackedTrainingDataset(self.plan.packed, targets=self.plan.targets)
         if self._dataset is None:
-            self._dataset = images = TrainingDataset(
-                self.data,
-                targets=self.plan.targets,
-                recipe=self.plan.recipe,
-                imgsz=self.plan.imgsz,
-                seed=self.plan.seed,
-                stride=stride,
-                decoded_bytes=(1 << 62) if self.args.cache in (True, "ram") else DECODED_BYTES,
-            )
-            self.plan.check_data(images)
+            self._dataset = training_set(self.plan, self.data, cache=self.args.cache, stride=stride)
         return self._dataset
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
@@ -138,36 +88,15 @@ class DistillTrainer(DetectionTrainer):
             return super().get_dataloader(dataset_path, batch_size, rank, mode)
         self._check_trainable()  # the first step after freezing layers
         dataset = self.build_dataset(dataset_path, mode, batch_size)
-        batch_size = min(batch_size, len(dataset))
-        ahead = self._prefetch(batch_size)
-        return ViewLoader(
+        return training_loader(
+            self.plan,
             dataset,
+            ViewSampler(len(dataset), self._schedule(), seed=self.args.seed),
             batch_size=batch_size,
-            sampler=ViewSampler(len(dataset), self._schedule(), seed=self.args.seed),
-            num_workers=ahead.workers,
-            persistent_workers=ahead.workers > 0,
-            prefetch_factor=ahead.ahead or None,
-            pin_memory=self.device.type == "cuda",
-            collate_fn=dataset.collate_fn,
-            worker_init_fn=seed_worker,
+            workers=self.args.workers,
+            cache=self.args.cache,
+            pinned=self.device.type == "cuda",
         )
-
-    def _prefetch(self, batch_size: int) -> Prefetch:
-        """Return how far the workers run ahead, and say what memory that takes."""
-        targets = self.plan.targets
-        item_bytes = 3 * self.plan.imgsz**2 + (targets.row_bytes if targets else 0)
-        workers = min(os.cpu_count() or 1, self.args.workers)
-        chosen = choose_prefetch(batch_size * item_bytes, workers, free_shared_memory())
-        every_image = self.plan.packed is None and self.args.cache in (True, "ram")
-        decoded = 0 if self.plan.packed is not None or every_image else DECODED_BYTES
-        LOG.info(
-            "loading takes at most %.0f MiB%s: %d batches of %.1f MiB, the rest kept by each process that makes them",
-            chosen.total_bytes(decoded) / 2**20,
-            " and all images, decoded, a process" if every_image else "",
-            chosen.batches,
-            chosen.batch_bytes / 2**20,
-        )
-        return chosen
 
     def _schedule(self) -> ViewSchedule:
         return ViewSchedule.for_cache(self.plan.views, epochs=self.epochs, close=self.args.close_mosaic)
@@ -210,19 +139,10 @@ class DistillTrainer(DetectionTrainer):
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the stock optimizer of the student with the adapters in groups of their own (never under Muon)."""
-        student = unwrap_model(model)
-        distiller = student._modules.pop("kd", None)
-        try:
+        with without_distiller(model) as distiller:
             optimizer: torch.optim.Optimizer = super().build_optimizer(model, *args, **kwargs)
-        finally:
-            if distiller is not None:
-                student._modules["kd"] = distiller
         if distiller is not None:
-            by_role = {group["param_group"]: group for group in optimizer.param_groups}
-            for role, chosen in (("weight", True), ("bias", False)):
-                members = [p for p in distiller.adapters() if (p.ndim > 1) is chosen]
-                if members:
-                    optimizer.add_param_group({**by_role[role], "params": members})
+            add_adapters(optimizer, distiller)
         return optimizer
 
     def optimizer_step(self) -> None:
@@ -237,48 +157,17 @@ class DistillTrainer(DetectionTrainer):
             self.ema.update(self.model)
 
     def _clip_gradients(self) -> None:
-        student = unwrap_model(self.model)
-        distiller = student._modules.get("kd")
-        members = [parameter for name, parameter in student.named_parameters() if not name.startswith("kd.")]
-        torch.nn.utils.clip_grad_norm_(members, max_norm=10.0)
-        if isinstance(distiller, Distiller) and (adapters := distiller.adapters()):
-            torch.nn.utils.clip_grad_norm_(adapters, max_norm=10.0)
+        clip_apart(self.model)
 
     # -- what is said about it --------------------------------------------------------------------------------------
 
-    def _watch_terms(self, *, flush: bool = False) -> None:
-        """Hand the raw terms of recent batches to the alarms, several at once to spare the device a wait a step."""
-        student = unwrap_model(self.model)
-        if not isinstance(student, DistilledMixin):
-            return
-        if len(student.kd_seen) >= 10 or flush or self.device.type == "cpu":
-            seen, student.kd_seen = student.kd_seen, []
-            # Elsewhere steps may have been taken since the terms were computed, and have spread what is not finite.
-            broken = student.kd.not_finite if self.device.type == "cpu" else lambda name: []
-            for terms, finite, place in seen:
-                values = {name: float(term) for name, term in terms.items()}
-                self._watch.see(values, student_finite=bool(finite), place=place, broken=broken)
+    def _watch_terms(self) -> None:
+        self._watch.see(self.model, at_once=self.device.type == "cpu")
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         with full_disk_in_one_line(self.save_dir, self.last):
             super().save_metrics(metrics)
-            self._save_shares()
-
-    def _save_shares(self) -> None:
-        """Add this epoch's rows to kd_gradients.csv."""
-        student = unwrap_model(self.model)
-        self._watch_terms(flush=True)
-        shares: dict[str, float] | None = getattr(student, "kd_shares", None)
-        if shares:
-            weights: dict[str, float] = student.kd_weights
-            self._watch.see_shares({name: share for name, share in shares.items() if weights[name]})
-            log = self.save_dir / GRADIENTS
-            head = "" if log.exists() else "epoch,term,share,weight\n"
-            rows = "".join(
-                f"{self.epoch + 1},{name},{share:.5f},{weights[name]:.6g}\n" for name, share in shares.items()
-            )
-            with log.open("a", encoding="utf-8") as file:
-                file.write(head + rows)
+            self._watch.save_shares(self.model, self.save_dir, self.epoch)
 
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """Draw the batch as the stock trainer does, the first one with the teacher's boxes, too."""
@@ -304,7 +193,7 @@ class DistillTrainer(DetectionTrainer):
 
     def _setup_train(self) -> None:
         try:
-            with _one_line():
+            with one_line():
                 super()._setup_train()
         except CacheKDError:
             self._discard()
@@ -335,7 +224,7 @@ class DistillTrainer(DetectionTrainer):
 
         Killed in between, there are two adapter files and resuming takes the one of last.pt's epoch.
         """
-        distiller = unwrap_model(self.model)._modules.get("kd")
+        distiller = distiller_of(self.model)
         sidecar = self.wdir / SIDECAR
         with full_disk_in_one_line(self.save_dir, self.last):
             if distiller is not None:
@@ -376,99 +265,17 @@ class DistillTrainer(DetectionTrainer):
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         super()._load_checkpoint_state(ckpt)
-        distiller = unwrap_model(self.model)._modules.get("kd")
+        distiller = distiller_of(self.model)
         if distiller is None:
             return
-        for name in (SIDECAR, SIDECAR + NEXT):
-            file = self.wdir / name
-            if file.exists():
-                held = read_sidecar(file, self.device)
-                if held["epoch"] == ckpt["epoch"]:
-                    with _one_line():
-                        distiller.load_state_dict(held["state"])
-                    if file.suffix == NEXT:
-                        publish_next(self.wdir / SIDECAR)
-                    return
-        raise MismatchError(
-            f"{self.wdir / SIDECAR} does not hold the adapters of epoch {ckpt['epoch'] + 1}, at which "
-            f"{self.last} stands; start a new run: cache-kd train --student {self.args.model}"
-        )
-
-
-def read_sidecar(path: Path, device: torch.device) -> dict[str, Any]:
-    """Return what an adapters' file holds, {epoch, state}, read as data whatever the student is trusted with.
-
-    Raises:
-        InputDataError: Not such a file, or one that names code.
-    """
-    try:
-        held = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds here; all mean that these are no adapters
-        named = ", ".join(checkpoint_globals(path) or []) or "nothing"
-        raise InputDataError(
-            f"{path} does not hold adapters as data (it names {named}); start a new run, its other files are no use"
-        ) from error
-    if not isinstance(held, dict) or type(held.get("epoch")) is not int or not isinstance(held.get("state"), dict):
-        raise InputDataError(f"{path} does not hold adapters: expected an epoch and their state; start a new run")
-    return held
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn what Ultralytics raises while it prepares a run into an error of ours, of one line."""
-    try:
-        yield
-    except CacheKDError:
-        raise
-    except (AssertionError, FileNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SettingError(
-            f"Ultralytics cannot start this run: {reason}; see its traceback: cache-kd --debug"
-        ) from error
-
-
-def check_device(device: object) -> None:
-    """Raise `SettingError` unless `device` is one device that can be used here; None lets Ultralytics choose."""
-    try:
-        select_device("" if device is None else device, verbose=False)
-    except (ValueError, RuntimeError):
-        count = torch.cuda.device_count()
-        seen = f"cpu, or one of the {count} GPUs that torch sees, as device=0" if count else "cpu; torch sees no GPU"
-        raise SettingError(f"device={device} cannot be used here; allowed: {seen}") from None
-    if device is not None and len(str(device).strip("[]()").split(",")) > 1:
-        raise SettingError(f"device={device}: several devices are not supported; allowed: one, as device=0")
-
-
-def check_levels(teacher: HeadSpec, student: HeadSpec) -> None:
-    """Raise `MismatchError` unless both heads have the same feature levels."""
-    strides = [[tap.stride for tap in head.taps] for head in (teacher, student)]
-    if strides[0] != strides[1]:
-        raise MismatchError(
-            f"the student's head has strides {strides[1]}, the cache's targets have {strides[0]}; "
-            "allowed: a student with the teacher's levels, as any YOLOv8, YOLO11, YOLO12 or YOLO26 detection model"
-        )
-
-
-def check_pixel_settings(settings: Mapping[str, Any], recipe: Recipe, imgsz: int) -> None:
-    """Raise `SettingError` when a training setting would change the pixels that the targets belong to."""
-    faults = [
-        f"{key}={value!r} (the cache has {mine!r})" for key, (mine, value) in recipe.differences(settings).items()
-    ]
-    if "imgsz" in settings and settings["imgsz"] != imgsz:
-        faults.append(f"imgsz={settings['imgsz']!r} (the cache has {imgsz})")
-    for key, allowed in BATCH_PIXEL_KEYS.items():
-        if key in settings and settings[key] not in allowed:
-            faults.append(f"{key}={settings[key]!r} (allowed: {allowed[0]!r})")
-    if settings.get("cache") == "disk":
-        faults.append("cache='disk' (writes .npy files beside the images; allowed: ram, False)")
-    if faults:
-        raise SettingError(
-            f"settings that change pixels are fixed by the cache: {', '.join(faults)}; leave them out, or run "
-            "cache-kd extract again with them"
-        )
-
-
-def fixed_overrides(recipe: Recipe, imgsz: int) -> dict[str, Any]:
-    """Return the settings of a run that the cache fixes, so that args.yaml says what was shown."""
-    values = {key: value for key, value in recipe.to_json().items() if value is not None and key in RECIPE_KEYS}
-    return {**values, "imgsz": imgsz, "multi_scale": 0.0, "rect": False}
+        found = sidecar_of(self.wdir / SIDECAR, ckpt["epoch"], self.device)
+        if found is None:
+            raise MismatchError(
+                f"{self.wdir / SIDECAR} does not hold the adapters of epoch {ckpt['epoch'] + 1}, at which "
+                f"{self.last} stands; start a new run: cache-kd train --student {self.args.model}"
+            )
+        file, state = found
+        with one_line():
+            distiller.load_state_dict(state)
+        if file != self.wdir / SIDECAR:
+            publish_next(self.wdir / SIDECAR)

@@ -31,7 +31,8 @@ from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.inspection import describe
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.training import TrainSettings, distill_plan
-from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
+from cache_kd.ultralytics_bridge.settings import fixed_overrides
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.views.recipe import Recipe
 
 

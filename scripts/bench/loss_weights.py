@@ -28,7 +28,8 @@ from cache_kd.pipeline.training import TrainSettings, distill_plan
 from cache_kd.structures import DetectorOutput, TargetBatch
 from cache_kd.student.alarms import gradient_shares
 from cache_kd.student.distiller import Distiller
-from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
+from cache_kd.ultralytics_bridge.settings import fixed_overrides
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.views.recipe import Recipe
 
 STAGES = ("early", "middle", "late")
@@ -62,7 +63,7 @@ class Watching(DistillTrainer):
         type(model)._measure = measure
         return model
 
-    def _watch_terms(self, *, flush: bool = False) -> None:
+    def _watch_terms(self) -> None:
         unwrap_model(self.model).kd_seen.clear()
 
 

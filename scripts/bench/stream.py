@@ -39,7 +39,8 @@ from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.training import TrainSettings, distill_plan
 from cache_kd.ultralytics_bridge import training_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
-from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
+from cache_kd.ultralytics_bridge.settings import fixed_overrides
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.views.packing import JpegPixels
 from cache_kd.views.recipe import Recipe
 

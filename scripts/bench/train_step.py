@@ -27,8 +27,9 @@ from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.inspection import describe
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.training import TrainSettings, distill_plan
+from cache_kd.ultralytics_bridge.settings import fixed_overrides
 from cache_kd.ultralytics_bridge.student import TARGETS
-from cache_kd.ultralytics_bridge.trainer import DistillTrainer, fixed_overrides
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 
 PACK = "jpeg:95"
 ARMS = {"cached sl2": ["sl2"], "cached ld+bckd": ["ld", "bckd"], "cached cwd+ld": ["cwd", "ld"]}

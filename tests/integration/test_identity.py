@@ -27,8 +27,8 @@ from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.training import TrainSettings, train
 from cache_kd.pipeline.verification import verify
 from cache_kd.pipeline.versions import PIXEL_PACKAGES
+from cache_kd.ultralytics_bridge.settings import check_pixel_settings
 from cache_kd.ultralytics_bridge.teacher import Checkpoint, load_teacher
-from cache_kd.ultralytics_bridge.trainer import check_pixel_settings
 from cache_kd.views.recipe import RECIPE_KEYS, Recipe
 
 SEEN = r"the data set is not the one that the teacher saw: "

@@ -22,9 +22,9 @@ from cache_kd.pipeline.opened import Cache
 from cache_kd.student.loader import ViewSampler
 from cache_kd.student.prefetch import SHARED_MEMORY
 from cache_kd.student.schedule import ViewSchedule
-from cache_kd.ultralytics_bridge import trainer
+from cache_kd.ultralytics_bridge import stream
 from cache_kd.ultralytics_bridge.data import load_data
-from cache_kd.ultralytics_bridge.trainer import DistillPlan
+from cache_kd.ultralytics_bridge.plan import DistillPlan
 from cache_kd.ultralytics_bridge.training_data import PackedTrainingDataset, TrainingDataset
 
 PICKLED = 64 << 10
@@ -138,7 +138,7 @@ def test_workers_make_the_batches_that_one_process_makes(made: list[Made], plan:
 def test_a_run_without_room_in_shared_memory_is_refused(
     few_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "free_shared_memory", lambda: 0)
+    monkeypatch.setattr(stream, "free_shared_memory", lambda: 0)
     with pytest.raises(SettingError, match=rf"^workers=2 need .* {SHARED_MEMORY} has 0 MiB free; train with workers=0"):
         train_student(few_cache, tmp_path / "runs", "ld", "bckd", workers=2)
     assert not (tmp_path / "runs").exists()

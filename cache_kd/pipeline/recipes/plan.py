@@ -22,7 +22,7 @@ from cache_kd.pipeline.recipes.recipe import COTRAINED, ONLINE, ArmEntry, CacheE
 from cache_kd.report.record import FILE, STATE, RunRecord
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data, split_files
-from cache_kd.ultralytics_bridge.trainer import fixed_overrides
+from cache_kd.ultralytics_bridge.settings import fixed_overrides
 
 RUNS = Path("runs")
 ERROR, LOG = "error.txt", "log.txt"
