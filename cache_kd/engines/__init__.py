@@ -1,0 +1,1 @@
+"""Who does units of work: this process, several processes, Ray. What a unit is, the caller knows."""
