@@ -89,14 +89,20 @@ def train(
 
 
 def run_recipe(
-    path: str | Path, *, changes: Sequence[str] = (), jobs: int | None = None, dry_run: bool = False
+    path: str | Path,
+    *,
+    changes: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    jobs: int | None = None,
+    dry_run: bool = False,
 ) -> RecipeResult:
     """Run a recipe and return its plan and the records of its runs; what is done already is not done again.
 
     Args:
-        changes: Words as of `--set`, such as "epochs=3". jobs: Runs at once. dry_run: Only check and plan.
+        changes: Words as of `--set`, such as "epochs=3". arms: Those to do; all where none is named.
+        jobs: Runs at once. dry_run: Only check and plan.
 
     Raises:
         RecipeError: Something is wrong with the recipe; its `faults` say everything. CacheKDError: A file is missing.
     """
-    return run_recipe_file(Path(path), changes=changes, jobs=jobs, dry_run=dry_run, say=LOG.info)
+    return run_recipe_file(Path(path), changes=changes, arms=arms, jobs=jobs, dry_run=dry_run, say=LOG.info)

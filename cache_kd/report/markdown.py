@@ -23,6 +23,12 @@ def plain(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
+def table(shown: Table) -> str:
+    """Return the lines of a table without its caption."""
+    head, *rows = ([plain(cell) for cell in row] for row in (shown.head, *shown.rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def _section(section: Section, level: int) -> Iterator[str]:
     yield f"{'#' * level} {plain(section.title)}"
     for block in section.blocks:
@@ -38,10 +44,7 @@ def _block(block: Block, level: int) -> Iterator[str]:
             yield "\n".join(f"- {lead}{plain(item)}" for lead, item in zip(leads, block.items, strict=True))
         case Table():
             yield f"{plain(block.caption)}:"
-            rows = (block.head, ("---",) * len(block.head), *block.rows)
-            yield "\n".join(
-                f"| {' | '.join(cell if row is rows[1] else plain(cell) for cell in row)} |" for row in rows
-            )
+            yield table(block)
         case Plots(plots):
             yield "\n".join(f"- {plain(plot.title)} (plot: report.html). {plain(plot.words)}" for plot in plots)
         case Section():

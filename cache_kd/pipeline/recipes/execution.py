@@ -101,8 +101,11 @@ def run_plan(
 
 def command(plan: RecipePlan) -> str:
     """Return the command that goes on with a plan."""
-    changes = " ".join(f"--set {shlex.quote(word)}" for word in plan.changes)
-    return f"cache-kd run {shlex.quote(str(plan.recipe.path))}{' ' + changes if changes else ''}"
+    words = ["cache-kd", "run", str(plan.recipe.path)]
+    for option, values in (("--set", plan.changes), ("--arm", plan.only)):
+        for value in values:
+            words += [option, value]
+    return shlex.join(words)
 
 
 def default_jobs() -> int:
@@ -247,6 +250,7 @@ def run_recipe_file(
     path: Path,
     *,
     changes: Sequence[str] = (),
+    arms: Sequence[str] = (),
     jobs: int | None = None,
     dry_run: bool = False,
     say: Say,
@@ -254,10 +258,14 @@ def run_recipe_file(
 ) -> RecipeResult:
     """Check a recipe, show its plan and, unless this is a dry run, do what is left of it.
 
+    Args:
+        changes: words of `--set`. arms: those to do, all where none is named.
+
     Raises:
         RecipeError: Something is wrong with the recipe; all faults are said. CacheKDError: As `run_plan` raises.
     """
-    plan = replace(make_recipe_plan(read_recipe(path, changes), say), changes=tuple(changes))
+    recipe = read_recipe(path, changes, arms)
+    plan = replace(make_recipe_plan(recipe, say), changes=tuple(changes), only=tuple(arms))
     for line in plan_lines(plan, jobs or plan.recipe.jobs or default_jobs()):
         say(line)
     if dry_run:

@@ -118,13 +118,17 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """Everything that a recipe asks for, in the order in which it is done; `changes`: the words of `--set`."""
+    """Everything that a recipe asks for, in the order in which it is done.
+
+    `changes` are the words of `--set`, `only` those of `--arm`.
+    """
 
     recipe: Recipe
     caches: tuple[CacheTask, ...]
     runs: tuple[PlannedRun, ...]
     folder: Path
     changes: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[PlannedRun, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from cache_kd.ultralytics_bridge.gate import import_user_modules
 LIVE_LOSS = "sl2"
 
 
-def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in a file, changed by words like `settings.lr0=0.01`.
+def read_recipe(path: Path, changes: Sequence[str] = (), arms: Collection[str] = ()) -> Recipe:
+    """Return the recipe in a file, changed by words like `settings.lr0=0.01`, with all its arms or with some.
 
     Raises:
         MissingFileError: There is no such file.
@@ -41,10 +42,13 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         check_arms(content, faults)
         check_settings_of(content, faults)
         check_files(content, faults)
-    found = [*marked.faults, *faults.found]
+    known = content.get("arms", {})
+    not_there = [(f"--arm {name}", f"no arm {name!r}; {choices(name, known)}") for name in arms if name not in known]
+    found = [*marked.faults, *faults.found, *(not_there if known else ())]
     if found:
         raise RecipeError(f"{place}: {text}" for place, text in sorted(found, key=_line))
-    return _recipe(path, content)
+    recipe = _recipe(path, content)
+    return replace(recipe, arms=tuple(arm for arm in recipe.arms if not arms or arm.name in arms))
 
 
 def _unknown_entry(word: str, content: Mapping[str, Any]) -> str | None:
@@ -57,10 +61,10 @@ def _unknown_entry(word: str, content: Mapping[str, Any]) -> str | None:
 
 
 def _line(fault: tuple[str, str]) -> tuple[bool, int]:
-    """Return what faults are sorted by: those of `--set` last, the others by their line."""
+    """Return what faults are sorted by: those of options last, the others by their line."""
     place = fault[0]
     number = place.rpartition(":")[2]
-    return place.startswith("--set"), int(number) if number.isdigit() else 0
+    return place.startswith("--"), int(number) if number.isdigit() else 0
 
 
 def _recipe(path: Path, content: Mapping[str, Any]) -> Recipe:

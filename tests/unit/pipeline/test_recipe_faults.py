@@ -207,6 +207,13 @@ def test_changes_are_checked_as_the_file_is(change: str, expected: str) -> None:
     assert any(expected in fault for fault in faults(GOOD, change))
 
 
+def test_arms_can_be_picked() -> None:
+    Path("r.yaml").write_text(GOOD)
+    assert [arm.name for arm in read_recipe(Path("r.yaml"), arms=["online", "cached"]).arms] == ["cached", "online"]
+    with pytest.raises(RecipeError, match=r"--arm onlin: no arm 'onlin'; .*did you mean 'online'\?"):
+        read_recipe(Path("r.yaml"), arms=["plain", "onlin"])
+
+
 def test_a_change_may_mend_what_the_file_says() -> None:
     Path("r.yaml").write_text(GOOD.replace("epochs: 3", "epochs: 0"))
     assert read_recipe(Path("r.yaml"), ["epochs=7"]).arms[0].settings["epochs"] == 7
