@@ -31,7 +31,7 @@ def parse_json(data: bytes, where: object) -> Any:
     """Return the document in `data`; raises `DamagedCacheError` naming `where` if it is not plain JSON."""
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
-        if _HALF.search(data):
+        if b"\\u" in data and _HALF.search(data):  # we write characters as they are: a look tells most files apart
             raise ValueError("half of a surrogate pair is no text")
         if _deeper(document, MAX_DEPTH):
             raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
@@ -59,10 +59,10 @@ def _finite(text: str) -> float:
 
 def _deeper(document: Any, levels: int) -> bool:
     """Return whether lists and objects in `document` are nested more than `levels` deep."""
-    row = [document]
+    row = [document] if isinstance(document, dict | list) else []
     for _ in range(levels + 1):
-        held = (item.values() if isinstance(item, dict) else item for item in row if isinstance(item, dict | list))
-        row = [item for items in held for item in items if isinstance(item, dict | list)]
+        held = (item.values() if type(item) is dict else item for item in row)
+        row = [item for items in held for item in items if type(item) is list or type(item) is dict]
         if not row:
             return False
     return True

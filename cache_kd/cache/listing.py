@@ -38,9 +38,9 @@ def metadata_files(manifest: Manifest, layouts: Layouts) -> dict[str, dict[str, 
     return found
 
 
-def read_hashed(store: Store, path: str, digest: str) -> bytes:
+def read_hashed(store: Store, path: str, digest: str, limit: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a JSON file whose sha256 the manifest holds; raises `DamagedCacheError`."""
-    content = store.read(path, MAX_JSON_BYTES)
+    content = store.read(path, limit)
     if sha256(content) != digest:
         raise DamagedCacheError("sha256 does not match the manifest")
     return content

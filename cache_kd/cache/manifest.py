@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from cache_kd.cache.files import brief, open_seal, parse_json, sha256
 from cache_kd.cache.layout import (
@@ -28,6 +31,8 @@ NAME = "manifest.json"
 ROOT = "zarr.json"
 MAX_JSON_BYTES = 256 * 2**20
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_DATA_BYTES = 4 * 2**30
+_IMAGE_BYTES = 512
 _LISTED = 20
 _MAX_HEAD = {"levels": 16, "layers": 256, "channels": 2**16, "stride": 2**12, "reg_max": 2**10, "names": 2**16}
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -40,6 +45,11 @@ class TeacherArray:
     dtype: str
     shape: tuple[int, ...]
     sha256: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values; the file has a checksum on top."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,11 @@ class Manifest:
 
 
 _FIELDS = tuple(Manifest.__dataclass_fields__)
+
+
+def data_limit(num_images: int) -> int:
+    """Return how many bytes `data.json` of so many images may have: a row is about 130, most of it hashes."""
+    return min(max(MAX_JSON_BYTES, num_images * _IMAGE_BYTES), MAX_DATA_BYTES)
 
 
 def columns_to_json(columns: Iterable[Column]) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any, final
 import numpy as np
 
 from cache_kd.cache.files import parse_json, sha256
-from cache_kd.cache.layout import ArrayLayout, check_metadata, layouts, length_name, teacher_path
-from cache_kd.cache.manifest import MAX_JSON_BYTES, read_manifest
+from cache_kd.cache.layout import CHECKSUM, ArrayLayout, check_metadata, layouts, length_name, teacher_path
+from cache_kd.cache.manifest import MAX_JSON_BYTES, data_limit, read_manifest
 from cache_kd.cache.places import open_store
 from cache_kd.cache.records import FileEntry, parse_shards, shards_path
 from cache_kd.cache.shard import Index, read_chunk, read_index, without_checksum
@@ -23,6 +23,8 @@ from cache_kd.structures import View
 
 MAX_OPEN = 64
 MAX_BLOCK_BYTES = 64 * 2**20
+MAX_LISTED = 200_000
+"""Shard files, about 400 bytes each, whose lists are kept at a time; the list of one view is kept however long."""
 _METADATA_BYTES = 2**16
 
 
@@ -38,6 +40,7 @@ class _ProcessState:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.lock = threading.Lock()
+        self.lists_lock = threading.Lock()  # taken last
         self.shards: OrderedDict[tuple[View, str, int], _OpenShard] = OrderedDict()
         self.blocks: OrderedDict[tuple[View, str, int], np.ndarray] = OrderedDict()
         self.block_bytes = 0
@@ -130,11 +133,10 @@ class CacheReader:
         if array is None:
             raise SettingError(f"{self.path} has no teacher array {name!r}; {choices(name, self.manifest.arrays)}")
         relative = teacher_path(name, len(array.shape))
-        size = int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
         try:
-            content = self.store.read(relative, size + 4)
+            content = self.store.read(relative, array.num_bytes + CHECKSUM)
             body = without_checksum(content)
-            if sha256(content) != array.sha256 or len(body) != size:
+            if sha256(content) != array.sha256 or len(body) != array.num_bytes:
                 raise DamagedCacheError("sha256 does not match the manifest")
         except DamagedCacheError as error:
             raise DamagedCacheError(
@@ -144,30 +146,36 @@ class CacheReader:
 
     def read_data(self) -> dict[str, Any]:
         """Return the content of `data.json`, the ordered images."""
-        return dict(self._read_json("data.json", self.manifest.data_sha256))
+        return dict(self._read_json("data.json", self.manifest.data_sha256, data_limit(len(self))))
 
     def files(self, view: View) -> dict[str, FileEntry]:
-        """Return the shard files of `view` by path in the cache."""
-        if view not in self._files:
-            if view not in self.manifest.views:
-                names = [known.name for known in self.manifest.views]
-                raise SettingError(f"{self.path} has no view {view.name}; {choices(view.name, names)}")
-            content = self._read_json(shards_path(view), self.manifest.shards[view.name])
-            try:
-                self._files[view] = parse_shards(content, view, self.layouts)
-            except DamagedCacheError as error:
-                where = self.store.where(shards_path(view))
-                raise DamagedCacheError(f"{where}: {error}; run `cache-kd verify {self.path}`") from error
-        return self._files[view]
+        """Return the shard files of `view` by path in the cache; lists of large caches are read again when needed."""
+        with self._here().lists_lock:
+            found = self._files.pop(view, None)
+            found = self._files[view] = self._listed(view) if found is None else found  # now the latest
+            while len(self._files) > 1 and sum(map(len, self._files.values())) > MAX_LISTED:
+                del self._files[next(iter(self._files))]
+        return found
+
+    def _listed(self, view: View) -> dict[str, FileEntry]:
+        if view not in self.manifest.views:
+            names = [known.name for known in self.manifest.views]
+            raise SettingError(f"{self.path} has no view {view.name}; {choices(view.name, names)}")
+        content = self._read_json(shards_path(view), self.manifest.shards[view.name])
+        try:
+            return parse_shards(content, view, self.layouts)
+        except DamagedCacheError as error:
+            where = self.store.where(shards_path(view))
+            raise DamagedCacheError(f"{where}: {error}; run `cache-kd verify {self.path}`") from error
 
     def _here(self) -> _ProcessState:
         if self._state.pid != os.getpid():
             self._state = _ProcessState()
         return self._state
 
-    def _read_json(self, relative: str, digest: str) -> Any:
+    def _read_json(self, relative: str, digest: str, limit: int = MAX_JSON_BYTES) -> Any:
         try:
-            content = self.store.read(relative, MAX_JSON_BYTES)
+            content = self.store.read(relative, limit)
             if sha256(content) != digest:
                 raise DamagedCacheError("sha256 does not match the manifest")
         except DamagedCacheError as error:

@@ -12,9 +12,9 @@ from typing import Any, Self, final
 from cache_kd.cache.creation import DATA
 from cache_kd.cache.files import make_folder, sha256, write_atomic
 from cache_kd.cache.folder_store import FolderStore
-from cache_kd.cache.layout import layouts, teacher_path
+from cache_kd.cache.layout import CHECKSUM, layouts, teacher_path
 from cache_kd.cache.listing import listed_files, metadata_files, read_record, recorded_files, unit_numbers
-from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, Manifest, load_manifest, read_root, root_attributes
+from cache_kd.cache.manifest import NAME, Manifest, data_limit, load_manifest, read_root, root_attributes
 from cache_kd.cache.records import FileEntry, record_path, shards_json, shards_path
 from cache_kd.errors import DamagedCacheError, MismatchError
 from cache_kd.fingerprint import canonical_json, differences, listed
@@ -121,10 +121,12 @@ class CacheRepair:
 
     def take_sources(self, lost: Lost, source: Path) -> None:
         """Copy `data.json` and the teacher's arrays from the cache begun at `source` if they are what they were."""
-        hashes = {DATA: self.manifest.data_sha256}
-        hashes.update({teacher_path(name, len(a.shape)): a.sha256 for name, a in self.manifest.arrays.items()})
+        hashes, limits = {DATA: self.manifest.data_sha256}, {DATA: data_limit(self.manifest.num_images)}
+        for name, array in self.manifest.arrays.items():
+            path = teacher_path(name, len(array.shape))
+            hashes[path], limits[path] = array.sha256, array.num_bytes + CHECKSUM
         for path in sorted(lost.sources):
-            content = FolderStore(source).read(path, MAX_JSON_BYTES)
+            content = FolderStore(source).read(path, limits[path])
             if sha256(content) != hashes[path]:
                 raise MismatchError(
                     f"{self.path / path}: made again it differs from what the manifest vouches for"

@@ -23,6 +23,7 @@ def describe(path: Path) -> dict[str, Any]:
         for name, entry in cache.reader.files(view).items():
             column = name.split("/")[2]
             by_column[column] = by_column.get(column, 0) + entry.bytes
+    total = sum(by_column.values())
     return {
         "path": str(path),
         "format": manifest.format,
@@ -31,8 +32,8 @@ def describe(path: Path) -> dict[str, Any]:
         "views": [view.name for view in manifest.views],
         "images": manifest.num_images,
         "skipped": skipped,
-        "bytes": cache.num_bytes,
-        "bytes_per_view": cache.num_bytes / items,
+        "bytes": total,
+        "bytes_per_view": total / items,
         "recoded_from": recodings(manifest.identity),
         "costs": costs(cache, by_column),
         "bytes_by_column": dict(sorted(by_column.items(), key=lambda pair: -pair[1])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ def rows(count: int = 5) -> Rows:
 
 
 def changed(row: SourceImage, **values: str) -> SourceImage:
-    return SourceImage(**{**row.__dict__, **values})
+    return replace(row, **values)
 
 
 # -- identities -------------------------------------------------------------------------------------------------------
