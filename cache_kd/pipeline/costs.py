@@ -11,11 +11,15 @@ from cache_kd.pipeline.default_losses import arrays_read, default_losses
 from cache_kd.pipeline.forecast import RATE, break_even
 from cache_kd.pipeline.opened import Cache
 
+MOST_RECORDS = 1000
+"""Records of units that are read at most: of a larger cache some, evenly spread. In a bucket each is a request."""
+
 
 def costs(cache: Cache, bytes_by_column: Mapping[str, int]) -> dict[str, Any]:
     """Return the figures that the units recorded; None for those that they do not tell.
 
-    Keys: `seconds` by stage and in all, as far as the units tell, of `items_timed` items; `items_per_second`;
+    Keys: `seconds` by stage and in all, of the `items_timed` items of `items` whose units were asked and told;
+    `items_per_second`;
     `read_bytes` of a view and `read_bytes_per_second` at `images_per_second`; `break_even` in epochs.
     """
     manifest = cache.manifest
@@ -27,6 +31,7 @@ def costs(cache: Cache, bytes_by_column: Mapping[str, int]) -> dict[str, Any]:
     return {
         "seconds": {**seconds, "total": total} if timed else None,
         "items_timed": timed,
+        "items": items,
         "items_per_second": timed / total if total else None,
         "losses": list(default_losses(cache.codec.store, manifest.head)),
         "read_bytes": read,
@@ -37,20 +42,23 @@ def costs(cache: Cache, bytes_by_column: Mapping[str, int]) -> dict[str, Any]:
 
 
 def recorded_seconds(cache: Cache) -> tuple[dict[str, float], int]:
-    """Return the seconds of all units by stage, and how many items they are of: those whose record is whole."""
+    """Return the seconds of units by stage, and how many items they are of: those whose record is whole.
+
+    They are of all units, or of `MOST_RECORDS` at most.
+    """
     manifest = cache.manifest
+    units = [(view, shard) for view in manifest.views for shard in unit_numbers(manifest)]
     seconds: dict[str, float] = {}
     timed = 0
-    for view in manifest.views:
-        for shard in unit_numbers(manifest):
-            try:
-                record = read_record(cache.reader.store, cache.reader.layouts, view, shard)
-            except DamagedCacheError:
-                continue
-            for stage, value in record.seconds.items():
-                seconds[stage] = seconds.get(stage, 0.0) + value
-            first = shard * manifest.shard_size
-            timed += min(manifest.shard_size, manifest.num_images - first) if record.seconds else 0
+    for view, shard in units[:: -(-len(units) // MOST_RECORDS)]:
+        try:
+            record = read_record(cache.reader.store, cache.reader.layouts, view, shard)
+        except DamagedCacheError:
+            continue
+        for stage, value in record.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+        first = shard * manifest.shard_size
+        timed += min(manifest.shard_size, manifest.num_images - first) if record.seconds else 0
     return seconds, timed
 
 
@@ -60,10 +68,13 @@ def lines(found: Mapping[str, Any], images: int) -> list[str]:
     rate = f"{found['read_bytes_per_second'] / 1e6:.1f} MB/s at {found['images_per_second']:.0f} images/s"
     if found["seconds"] is None:
         return [f"  reading   {read}, {rate}", "  took      not recorded"]
-    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found["seconds"].items() if stage != "total")
+    whole = found["items"] / found["items_timed"]
+    seconds = {stage: value * whole for stage, value in found["seconds"].items()}
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "total")
+    told = "" if whole == 1 else f", by {found['items_timed']} of {found['items']} views"
     even = found["break_even"]
     gain = "" if even is None else f"; break-even after {even:.1f} student-epochs of {images} images"
     return [
         f"  reading   {read}, {rate}",
-        f"  took      {found['seconds']['total']:.1f} s ({stages}), {found['items_per_second']:.1f} views/s{gain}",
+        f"  took      {seconds['total']:.1f} s ({stages}){told}, {found['items_per_second']:.1f} views/s{gain}",
     ]
