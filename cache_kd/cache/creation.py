@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cache_kd.cache.attempts import ATTEMPTS
 from cache_kd.cache.files import TEMPORARY, parse_json, sha256
 from cache_kd.cache.last_use import LAST_USE
-from cache_kd.cache.layout import DTYPES, check_array_name, group_metadata, teacher_metadata, teacher_path
-from cache_kd.cache.lock import HOLDER, LOCK
+from cache_kd.cache.layout import (
+    DTYPES,
+    check_array_name,
+    group_metadata,
+    shard_size,
+    teacher_metadata,
+    teacher_path,
+)
+from cache_kd.cache.lock import is_lock_file
 from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, ROOT, TeacherArray, load_manifest, read_root, root_attributes
 from cache_kd.cache.shard import with_checksum
 from cache_kd.cache.store import Store
@@ -27,8 +35,8 @@ from cache_kd.fingerprint import (
 from cache_kd.structures import Column
 
 DATA = "data.json"
-OWN = (LOCK, HOLDER)
-FOLDERS = ("teacher", "units", "views")
+PLAN = "extraction.json"
+FOLDERS = ("teacher", "units", "views", ATTEMPTS)
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,29 @@ class Start:
         return root_attributes(self.identity, self.columns, self.num_images)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A cache that was begun: all that its manifest says of it whatever is extracted.
+
+    Attributes:
+        shard_size: samples a shard, which follows from what was expected of its columns.
+        arrays: the teacher's arrays by name. data_sha256: of `data.json`.
+    """
+
+    identity: dict[str, Any]
+    columns: tuple[Column, ...]
+    num_images: int
+    shard_size: int
+    arrays: dict[str, TeacherArray]
+    data_sha256: str
+
+
 def check_place(store: Store) -> bool:
     """Return whether there is nothing at all yet; raises `SettingError` for a place that holds anything but a cache."""
     names = store.entries()
     if names is None or ROOT in names:
         return names is None
-    if others := [name for name in names if name not in OWN and not name.startswith(TEMPORARY)]:
+    if others := [name for name in names if not is_lock_file(name) and not name.startswith(TEMPORARY)]:
         raise SettingError(
             f"{store.place} holds other files (for example {others[0]}) and is no cache; give a new or empty folder"
         )
@@ -66,19 +91,18 @@ def discard(store: Store) -> None:
     for name in store.entries() or ():
         if name in FOLDERS:
             store.delete_below(name)
-        elif name in (NAME, DATA, LAST_USE) or name.startswith(TEMPORARY):
+        elif name in (NAME, DATA, PLAN, LAST_USE) or name.startswith(TEMPORARY):
             store.delete(name)
-    for name in (ROOT, *OWN):
+    for name in (ROOT, *filter(is_lock_file, store.entries() or ())):
         store.delete(name)
     store.end()
 
 
-def create_or_check(store: Store, start: Start) -> tuple[Start, dict[str, TeacherArray]]:
+def create_or_check(store: Store, start: Start, *, alone: bool = True) -> Begun:
     """Begin the cache in `store`, or go on with it if it is the same one; the caller holds its lock.
 
-    Returns:
-        What the cache was begun with: `start`, but for the names of its images; the teacher's arrays as the manifest
-        lists them.
+    Args:
+        alone: nobody else writes, so what is half-written was left behind, and is deleted.
     """
     for name in start.teacher_arrays:
         check_array_name(name)
@@ -86,10 +110,13 @@ def create_or_check(store: Store, start: Start) -> tuple[Start, dict[str, Teache
     root = canonical_json(group_metadata({"cache_kd": start.attributes()}))
     if store.exists(ROOT) or not store.create(ROOT, root):
         _check_same(store, read_root(store), start)
-    store.sweep()
-    start = replace(start, data=_write_or_take_data(store, start.data))
+    if alone:
+        store.sweep()
+    data = _write_or_take_data(store, start.data)
     _write_or_check(store, "teacher/zarr.json", canonical_json(group_metadata({})), "the teacher's group")
-    return start, {name: _write_array(store, name, array) for name, array in sorted(start.teacher_arrays.items())}
+    arrays = {name: _write_array(store, name, array) for name, array in sorted(start.teacher_arrays.items())}
+    size = shard_size(start.columns)
+    return Begun(start.identity, start.columns, start.num_images, size, arrays, sha256(data))
 
 
 def _write_array(store: Store, name: str, array: np.ndarray) -> TeacherArray:
@@ -152,8 +179,8 @@ def _images(data: Any) -> list[SourceImage]:
     return [SourceImage(*row) for row in rows]
 
 
-def _write_or_take_data(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Write `data.json`, or return the one that a manifest vouches for, if it lists the same images by content.
+def _write_or_take_data(store: Store, wanted: dict[str, Any]) -> bytes:
+    """Write `data.json` and return it, or the one that a manifest vouches for, if it lists the same images by content.
 
     Their files may have other names meanwhile. Before there is a manifest, the identity alone says which images.
     """
@@ -162,7 +189,7 @@ def _write_or_take_data(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
     if sealed is None or sealed == sha256(content):
         if store.size(DATA) != len(content) or store.read(DATA, len(content)) != content:
             store.write(DATA, content)
-        return wanted
+        return content
     found = store.read(DATA, MAX_JSON_BYTES)
     if sha256(found) != sealed:
         raise DamagedCacheError(
@@ -176,7 +203,7 @@ def _write_or_take_data(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
             f"{store.where(DATA)} differs: the ordered images are not those of this cache ({listed(changes)}); "
             "give another --cache"
         )
-    return dict(recorded)
+    return found
 
 
 def _sealed(store: Store) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import final
 
 from cache_kd.cache.files import clear_errors, create_only, make_folder, open_inside, read_inside, sweep, write_atomic
-from cache_kd.cache.lock import WriterLock, lock_cache
+from cache_kd.cache.lock import PartLock, WriterLock, lock_cache, share_cache
 from cache_kd.cache.records import FileEntry
 from cache_kd.errors import SettingError
 
@@ -32,11 +32,19 @@ class FolderStore:
         return os.path.lexists(self.place / relative)
 
     def size(self, relative: str) -> int | None:
+        found = self._regular(relative)
+        return None if found is None else found.st_size
+
+    def modified(self, relative: str) -> float | None:
+        found = self._regular(relative)
+        return None if found is None else found.st_mtime
+
+    def _regular(self, relative: str) -> os.stat_result | None:
         try:
             found = os.lstat(self.place / relative)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return found if stat.S_ISREG(found.st_mode) else None
 
     def find(self, relative: str, limit: int) -> bytes | None:
         return self.read(relative, limit) if self.exists(relative) else None
@@ -89,5 +97,5 @@ class FolderStore:
     def sweep(self) -> None:
         sweep(self.place)
 
-    def lock(self) -> WriterLock:
-        return lock_cache(self.place)
+    def lock(self, *, shared: bool = False) -> WriterLock | PartLock:
+        return share_cache(self.place) if shared else lock_cache(self.place)

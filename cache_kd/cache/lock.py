@@ -1,7 +1,8 @@
-"""In: a cache's folder. Out: the right to write it, held by one process at a time, or the line that says who has it."""
+"""In: a cache's folder. Out: the right to write it, alone or with other parts, or the line that says who has it."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import time
@@ -17,6 +18,8 @@ from cache_kd.fingerprint import canonical_json
 
 LOCK = ".lock"
 HOLDER = ".writer.json"
+PART = ".part-"
+"""Beginning of the names of the records that writers of parts keep."""
 STALE_SECONDS = 600.0
 _SIGN_SECONDS = 15.0
 _RECORD_SECONDS = 1.0
@@ -65,6 +68,40 @@ class WriterLock:
             self._lock.release()
 
 
+@final
+class PartLock:
+    """The right to write a cache beside others who do so; get it from `share_cache`.
+
+    It keeps out those who must be alone: an extraction of the whole, a repair, a removal. Writers of parts are safe
+    from each other without it: files are renamed into place, records created once.
+    """
+
+    def __init__(self, file: Path, descriptor: int) -> None:
+        self._file = file
+        self._descriptor: int | None = descriptor
+        self._signed = time.monotonic()
+
+    @property
+    def is_locked(self) -> bool:
+        return self._descriptor is not None
+
+    def sign(self) -> None:
+        """Give a sign of life, as `WriterLock.sign`."""
+        if self.is_locked and time.monotonic() - self._signed >= _SIGN_SECONDS:
+            self._signed = time.monotonic()
+            _touch(self._file)
+
+    def release(self) -> None:
+        if self._descriptor is None:
+            return
+        try:
+            with clear_errors(self._file, "deleting"):
+                self._file.unlink(missing_ok=True)
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 def lock_cache(path: Path) -> WriterLock:
     """Return the held lock of the one who may write the cache at `path`; raises `CacheKDError` if another has it."""
     lock = FileLock(path / LOCK)
@@ -74,35 +111,87 @@ def lock_cache(path: Path) -> WriterLock:
         except Timeout as error:
             raise _refusal(path, _holder(path), "") from error
     try:
+        _check_parts(path)
         return WriterLock(path, lock, _record(path))
     except BaseException:
         lock.release()
         raise
 
 
+def share_cache(path: Path) -> PartLock:
+    """Return the held right to write a part of the cache at `path`; raises `CacheKDError` if somebody must be alone."""
+    with clear_errors(path / LOCK, "locking"):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            found = _read(path)
+            if found and found.get("machine") != _machine():
+                _respect(path, path / HOLDER, found)
+            file = path / f"{PART}{os.getpid()}-{os.urandom(4).hex()}.json"
+            write_atomic(file, canonical_json(_self()))
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise _refusal(path, _holder(path), "") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return PartLock(file, descriptor)
+
+
+def is_lock_file(name: str) -> bool:
+    """Return whether a file directly in a cache belongs to its locks."""
+    return name in (LOCK, HOLDER) or name.startswith(PART)
+
+
+def _check_parts(path: Path) -> None:
+    """Delete the records of parts whose writers are gone; raises `CacheKDError` if one on another machine is not.
+
+    On this machine there are none: the kernel has just given the lock to one who is alone.
+    """
+    for file in sorted(path.glob(f"{PART}*.json")):
+        found = _read(path, file.name)
+        if found.get("machine") != _machine():
+            _respect(path, file, found)
+        with clear_errors(file, "deleting"):
+            file.unlink(missing_ok=True)
+
+
 def _record(path: Path) -> bytes:
     """Write who holds the lock and return that; raises `CacheKDError` if another machine's record is fresh."""
     file = path / HOLDER
-    own = {"host": platform.node(), "machine": _machine(), "pid": os.getpid(), "start": _now()}
+    own = _self()
     content = canonical_json(own)
     if create_only(file, content):
         return content
     found = _read(path)
     if found.get("machine") != own["machine"]:
-        age = _age(path, file)
-        if 0 <= age < STALE_SECONDS:
-            rest = f" ({age:.0f} s ago it was at work; silent for {STALE_SECONDS:.0f} s, its lock is taken over)"
-            raise _refusal(path, found, rest)
+        _respect(path, file, found)
     write_atomic(file, content)
     return content
+
+
+def _self() -> dict[str, Any]:
+    return {"host": platform.node(), "machine": _machine(), "pid": os.getpid(), "start": _now()}
+
+
+def _respect(path: Path, file: Path, found: dict[str, Any]) -> None:
+    """Raise `CacheKDError` if the writer of another machine that `file` tells of gave a sign of life lately."""
+    age = _age(path, file)
+    if 0 <= age < STALE_SECONDS:
+        rest = f" ({age:.0f} s ago it was at work; silent for {STALE_SECONDS:.0f} s, its lock is taken over)"
+        raise _refusal(path, found, rest)
 
 
 def _holder(path: Path) -> dict[str, Any]:
     """Return the record of who holds the lock; it is written right after the lock is taken, so worth a moment."""
     ends = time.monotonic() + _RECORD_SECONDS
-    while not (found := _read(path)) and time.monotonic() < ends:
+    while True:
+        for name in (HOLDER, *sorted(file.name for file in path.glob(f"{PART}*.json"))):
+            if found := _read(path, name):
+                return found
+        if time.monotonic() >= ends:
+            return {}
         time.sleep(0.02)
-    return found
 
 
 def _refusal(path: Path, holder: dict[str, Any], rest: str) -> CacheKDError:
@@ -146,17 +235,17 @@ def _touch(file: Path) -> None:
             return
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, name: str = HOLDER) -> bytes:
     try:
-        return read_inside(os.path.realpath(path), HOLDER, _MAX_BYTES)
+        return read_inside(os.path.realpath(path), name, _MAX_BYTES)
     except DamagedCacheError:
         return b""
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the record in the cache at `path`; {} if there is none that can be read, which counts as nobody's."""
+def _read(path: Path, name: str = HOLDER) -> dict[str, Any]:
+    """Return a record in the cache at `path`; {} if there is none that can be read, which counts as nobody's."""
     try:
-        found = parse_json(_content(path), path / HOLDER)
+        found = parse_json(_content(path, name), path / name)
     except DamagedCacheError:
         return {}
     return found if isinstance(found, dict) else {}

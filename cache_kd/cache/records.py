@@ -13,11 +13,13 @@ from cache_kd.errors import DamagedCacheError
 from cache_kd.fingerprint import canonical_json
 from cache_kd.structures import View
 
+UNITS = "units"
+_UNIT = re.compile(rf"{UNITS}/((?:mixed|plain)-\d+)-(\d+)\.json")
 _KEYS = {"path": str, "bytes": int, "sha256": str, "tail": str}
 _SHAPES = {"sha256": re.compile(r"[0-9a-f]{64}"), "tail": re.compile(r"[0-9a-f]{8}")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """One shard file: path in the cache, bytes, sha256 of all of it, crc32c of its end (see `tail_checksum`)."""
 
@@ -58,7 +60,13 @@ class UnitRecord:
 
 
 def record_path(view: View, shard: int) -> str:
-    return f"units/{view.name}-{shard:05d}.json"
+    return f"{UNITS}/{view.name}-{shard:05d}.json"
+
+
+def recorded_unit(path: str) -> tuple[View, int] | None:
+    """Return the unit whose record the file `path` is; None if it is none."""
+    match = _UNIT.fullmatch(path)
+    return (View.parse(match[1]), int(match[2])) if match else None
 
 
 def shards_path(view: View) -> str:

@@ -74,6 +74,10 @@ class Store(Protocol):
         """Return the bytes of a file; None if there is no regular file of this name."""
         ...
 
+    def modified(self, relative: str) -> float | None:
+        """Return the seconds since 1970 of a file's last change; None if there is no regular file of this name."""
+        ...
+
     def find(self, relative: str, limit: int) -> bytes | None:
         """Return the content of a file, at most `limit` bytes; None if there is none; other faults as in `read`."""
         ...
@@ -125,6 +129,6 @@ class Store(Protocol):
         """Delete what writers that died left behind; call it holding the lock."""
         ...
 
-    def lock(self) -> Lock:
-        """Return the right to write; raises `CacheKDError` that says who has it."""
+    def lock(self, *, shared: bool = False) -> Lock:
+        """Return the right to write, alone or `shared` with other parts; raises `CacheKDError` that says who has it."""
         ...

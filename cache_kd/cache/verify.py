@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from cache_kd.cache.creation import DATA
+from cache_kd.cache.attempts import ATTEMPTS
+from cache_kd.cache.creation import DATA, PLAN
 from cache_kd.cache.files import TEMPORARY, parse_json, sha256
 from cache_kd.cache.last_use import LAST_USE
 from cache_kd.cache.layout import CHECKSUM, check_metadata, check_with_zarr, layouts, teacher_path
@@ -24,13 +22,14 @@ from cache_kd.cache.listing import (
     recorded_files,
     unit_numbers,
 )
-from cache_kd.cache.lock import HOLDER, LOCK
+from cache_kd.cache.lock import HOLDER, is_lock_file
 from cache_kd.cache.manifest import (
     MAX_JSON_BYTES,
     NAME,
     ROOT,
     Manifest,
     content_digest,
+    data_limit,
     load_manifest,
     read_manifest,
 )
@@ -137,7 +136,7 @@ def _metadata_faults(store: Store, path: str, expected: dict[str, Any]) -> list[
 
 def _data_faults(store: Store, manifest: Manifest) -> list[Fault]:
     try:
-        read_hashed(store, DATA, manifest.data_sha256)
+        read_hashed(store, DATA, manifest.data_sha256, data_limit(manifest.num_images))
     except DamagedCacheError as error:
         return [Fault(DATA, str(error))]
     return []
@@ -148,7 +147,7 @@ def _teacher_faults(store: Store, manifest: Manifest) -> list[Fault]:
     for name, array in manifest.arrays.items():
         path = teacher_path(name, len(array.shape))
         try:
-            content = store.read(path, math.prod(array.shape) * np.dtype(array.dtype).itemsize + CHECKSUM)
+            content = store.read(path, array.num_bytes + CHECKSUM)
             if sha256(content) != array.sha256:
                 raise DamagedCacheError("sha256 does not match the manifest")
             without_checksum(content)
@@ -235,12 +234,14 @@ def _notes(store: Store, manifest: Manifest, listed: Listed) -> Iterator[str]:
     if store.exists(HOLDER):
         yield f"{HOLDER}: a writer is at work, or one died; the next extraction replaces it"
     known = {entry.path for files in listed.values() for entry in files.values()}
-    known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, LOCK, HOLDER, LAST_USE}
+    known |= {shards_path(view) for view in manifest.views} | {NAME, ROOT, DATA, PLAN, LAST_USE}
     known |= {teacher_path(name, len(array.shape)) for name, array in manifest.arrays.items()}
     views = {view.name for view in manifest.views}
     for path in files:
         name = _name(path)
-        if path in known or name == ROOT or name.startswith(TEMPORARY):
+        if path in known or name == ROOT or name.startswith(TEMPORARY) or is_lock_file(path):
+            continue
+        if path.startswith(f"{ATTEMPTS}/"):  # of views that are being added
             continue
         if path.startswith("units/") and name.removesuffix(".json").rsplit("-", 1)[0] in views:
             continue

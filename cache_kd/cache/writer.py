@@ -5,48 +5,65 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, final
 
 import numpy as np
 
 from cache_kd.cache import creation
+from cache_kd.cache.attempts import Attempts
+from cache_kd.cache.extraction_plan import GIVEN, Plan, read_plan
 from cache_kd.cache.files import parse_json, seal, sha256
-from cache_kd.cache.layout import FORMAT, check_columns, group_metadata, layouts, shard_size
+from cache_kd.cache.layout import FORMAT, check_columns, group_metadata, layouts
 from cache_kd.cache.manifest import (
     MAX_JSON_BYTES,
     NAME,
     Manifest,
-    TeacherArray,
     columns_to_json,
     content_digest,
     read_manifest,
 )
 from cache_kd.cache.places import open_store
-from cache_kd.cache.records import FileEntry, UnitRecord, parse_record, record_path, shards_json, shards_path
+from cache_kd.cache.records import (
+    UNITS,
+    FileEntry,
+    UnitRecord,
+    parse_record,
+    record_path,
+    recorded_unit,
+    shards_json,
+    shards_path,
+)
 from cache_kd.cache.store import Lock, Place, Store
 from cache_kd.cache.units import check_rows, encode_unit
-from cache_kd.errors import CacheKDError, DamagedCacheError, SettingError
+from cache_kd.errors import CacheKDError, DamagedCacheError, MissingFileError, SettingError
 from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
 
-_GIVEN = ("teacher", "head", "codec", "imgsz", "seed", "recipe", "environment")
 _LISTED = 8
+_RACES = 3
+"""How often a unit is written again because another machine made other bytes of it at the same time."""
 _log = logging.getLogger(__name__)
 
 
 @final
 class CacheWriter:
-    """Writes one cache; only one writer has it open at a time. Get one from `open_or_create`."""
+    """Writes one cache. Get one from `open_or_create`, or of one that was begun from `open_begun`.
 
-    def __init__(self, store: Store, start: creation.Start, arrays: dict[str, TeacherArray], lock: Lock) -> None:
+    Several writers may be at work at once, of parts of the units or even of the same ones: files are renamed into
+    place, a unit's record is created once, and who comes second keeps what is there.
+    """
+
+    def __init__(self, store: Store, begun: creation.Begun, lock: Lock) -> None:
         self.store = store
-        self._start = start
-        self._arrays = arrays
+        self.begun = begun
+        self.attempts = Attempts(store)
         self._lock = lock
-        self._layouts = layouts(start.columns, start.num_images, self.shard_size)
+        self._layouts = layouts(begun.columns, begun.num_images, begun.shard_size)
         self._described: set[View] = set()
+        self._attempt: dict[tuple[View, int], int] = {}
 
     @classmethod
     def open_or_create(
@@ -58,6 +75,7 @@ class CacheWriter:
         columns: tuple[Column, ...],
         num_images: int,
         teacher_arrays: dict[str, np.ndarray],
+        shared: bool = False,
     ) -> CacheWriter:
         """Return the writer of the cache at `place`, which is created, or goes on where an earlier one ended.
 
@@ -66,6 +84,7 @@ class CacheWriter:
             data: content of `data.json`, the ordered images.
             columns: columns of every view. num_images: rows of each.
             teacher_arrays: the teacher's head and what else students need of it, by name.
+            shared: others may write at the same time if they say so too; else this writer is alone.
 
         Raises:
             MismatchError: a cache of another identity. SettingError: a folder of other things, or impossible columns.
@@ -78,16 +97,30 @@ class CacheWriter:
         start = creation.Start(identity, data, tuple(columns), num_images, teacher_arrays)
         fresh = creation.check_place(store)
         store.begin()
-        lock = store.lock()
+        lock = store.lock(shared=shared)
         try:
-            start, arrays = creation.create_or_check(store, start)
+            begun = creation.create_or_check(store, start, alone=not shared)
         except BaseException:
-            if fresh and "units" not in (store.entries() or ()):  # begun by this call: an interrupt leaves nothing
+            if fresh and not shared and "units" not in (store.entries() or ()):  # an interrupt leaves nothing behind
                 with contextlib.suppress(CacheKDError):
                     creation.discard(store)
             lock.release()
             raise
-        return cls(store, start, arrays, lock)
+        return cls(store, begun, lock)
+
+    @classmethod
+    def open_begun(cls, place: Place | Store, *, shared: bool = False) -> CacheWriter:
+        """Return a writer of the cache that was begun at `place`, by what is written there.
+
+        Args:
+            shared: take a lock beside other parts; else take none: the caller works for one who holds it.
+
+        Raises:
+            MissingFileError: no cache, or no extraction that was begun. DamagedCacheError: it cannot be read.
+        """
+        store = open_store(place)
+        begun = read_plan(store).begun
+        return cls(store, begun, store.lock(shared=True) if shared else _Lent())
 
     @property
     def place(self) -> Place:
@@ -97,24 +130,62 @@ class CacheWriter:
     @property
     def shard_size(self) -> int:
         """S, the samples of a shard; the same for equal columns."""
-        return shard_size(self._start.columns)
+        return self.begun.shard_size
 
     @property
     def num_images(self) -> int:
-        return self._start.num_images
+        return self.begun.num_images
 
     def units(self, view: View) -> range:
         """Return the numbers of the shards of `view`; shard n holds the samples from n·S."""
-        return range(-(-self._start.num_images // self.shard_size))
+        return range(-(-self.begun.num_images // self.shard_size))
 
     def samples(self, shard: int) -> range:
         """Return the indices of the samples of `shard`."""
         first = shard * self.shard_size
-        return range(first, min(first + self.shard_size, self._start.num_images))
+        return range(first, min(first + self.shard_size, self.begun.num_images))
 
     def done(self, view: View, shard: int) -> bool:
         """Return whether the unit is finished; a record whose files are gone or of another size is dropped."""
         return self._finished(view, shard) is not None
+
+    def unfinished(self, units: Sequence[tuple[View, int]]) -> list[tuple[View, int]]:
+        """Return those of `units` that are not `done`, in their order."""
+        records = self._each(lambda unit: self._finished(*unit), units)
+        return [unit for unit, record in zip(units, records, strict=True) if record is None]
+
+    def recorded(self) -> set[tuple[View, int]]:
+        """Return the units of which there is a record, by their names alone."""
+        return {unit for path, _ in self.store.files(UNITS) if (unit := recorded_unit(path)) is not None}
+
+    def plan(self, views: Sequence[View], manifest: dict[str, Any], parts: int = 1) -> None:
+        """Write down what `finish` is going to say, for who has to do that without teacher and data set.
+
+        Args:
+            views: all that are extracted now; manifest: as `finish` takes it; parts: in how many parts.
+        """
+        _check_given(manifest)
+        content = Plan(self.begun, tuple(sorted({*views, *self._earlier_views()})), manifest, parts).content()
+        self._publish(creation.PLAN, content)
+
+    def begin_unit(self, view: View, shard: int) -> bool:
+        """Count an attempt at a unit; returns False if there is none left."""
+        number = self.attempts.begin(view, shard)
+        if number is None:
+            return False
+        self._attempt[view, shard] = number
+        return True
+
+    def fail_unit(self, view: View, shard: int, reason: str) -> None:
+        """Write down why an attempt at a unit failed."""
+        self._attempt.pop((view, shard), None)
+        self.attempts.fail(view, shard, reason)
+
+    def withdraw_units(self) -> None:
+        """Forget the attempts that are under way here: they are interrupted, and not by what they do."""
+        for (view, shard), number in self._attempt.items():
+            self.attempts.withdraw(view, shard, number)
+        self._attempt.clear()
 
     def write_unit(
         self,
@@ -139,25 +210,52 @@ class CacheWriter:
             raise SettingError(
                 f"no shard {shard} of {view.name}: a cache of {self.num_images} images has {len(self.units(view))}"
             )
-        check_rows(rows, self._start.columns, self.samples(shard), shard)
+        check_rows(rows, self.begun.columns, self.samples(shard), shard)
         self._hold()
-        attempt = self._attempts(view, shard) + 1
-        if record := self._finished(view, shard):
-            return record
+        earlier = self._attempts(view, shard)
+        record = self._finished(view, shard)
+        for _ in range(_RACES):
+            if record is not None:
+                break
+            attempt = earlier + self._attempt.get((view, shard), 1)
+            record = self._written(view, shard, rows, attempt, environment, seconds)
+        else:
+            raise CacheKDError(
+                f"{self.store.where(record_path(view, shard))}: other writers make this unit too, with other bytes; "
+                "run the same command again when they are done"
+            )
+        self.attempts.clear(view, shard, self._attempt.pop((view, shard), 0))
+        return record
+
+    def _written(
+        self,
+        view: View,
+        shard: int,
+        rows: dict[str, list[np.ndarray]],
+        attempt: int,
+        environment: dict[str, Any],
+        seconds: Mapping[str, float] | None,
+    ) -> UnitRecord | None:
+        """Write a unit and return its record, its own or an equal one that came first; None if it has to be redone."""
         self._describe(view)
         started = time.perf_counter()
         files = []
         for entry, content in encode_unit(rows, self._layouts, view, shard):
-            self.store.write(entry.path, content)
+            if not self.store.create(entry.path, content):
+                if found := self._finished(view, shard):  # never write over what is published
+                    return found
+                self.store.write(entry.path, content)
             files.append(entry)
         taken = {} if seconds is None else {**seconds, "write": round(time.perf_counter() - started, 6)}
         record = UnitRecord(view, shard, attempt, environment, tuple(files), taken)
         relative = record_path(view, shard)
-        if not self.store.create(relative, record.content()):
-            raise CacheKDError(
-                f"{self.store.where(relative)}: another writer recorded this unit meanwhile; run the same command again"
-            )
-        return record
+        if self.store.create(relative, record.content()):
+            return record
+        other = self._finished(view, shard)
+        if other is not None and other.files == record.files:
+            return other
+        self.store.delete(relative)  # another machine's bytes, of which this one may have replaced some
+        return None
 
     def finish(self, views: Sequence[View], manifest: dict[str, Any]) -> Manifest:
         """Publish `views`, and those an earlier manifest lists, as a complete cache; returns its manifest.
@@ -168,8 +266,7 @@ class CacheWriter:
         Raises:
             DamagedCacheError: units are missing; the message lists them.
         """
-        if set(manifest) != set(_GIVEN):
-            raise SettingError(f"a manifest is given exactly {', '.join(_GIVEN)}; got {', '.join(sorted(manifest))}")
+        _check_given(manifest)
         self._hold()
         every = sorted({*views, *self._earlier_views()})
         if not every:
@@ -182,6 +279,7 @@ class CacheWriter:
             self._publish(shards_path(view), content)
         result = self._manifest(every, shards, entries, manifest)
         self._publish(NAME, seal(result.to_json()))
+        self._forget_plan(every)
         self.close()
         return result
 
@@ -204,6 +302,16 @@ class CacheWriter:
     def _hold(self) -> None:
         if not self._lock.is_locked:
             self._lock = self.store.lock()
+
+    def _forget_plan(self, views: Sequence[View]) -> None:
+        """Delete what only an unfinished extraction needs, unless another one wants more views meanwhile."""
+        self.attempts.forget((view, shard) for view in views for shard in self.units(view))
+        try:
+            wanted = read_plan(self.store).views
+        except (DamagedCacheError, MissingFileError):
+            wanted = ()
+        if {*wanted} <= {*views}:
+            self.store.delete(creation.PLAN)
 
     def _describe(self, view: View) -> None:
         """Write the view's group and array metadata unless they are there."""
@@ -250,6 +358,13 @@ class CacheWriter:
         self.store.delete(record_path(view, shard))
         return None
 
+    def _each(self, call: Callable[[tuple[View, int]], Any], units: Sequence[tuple[View, int]]) -> list[Any]:
+        """Return what `call` says of each unit, asked at once where a server answers."""
+        if self.store.parallel < 2:
+            return [call(unit) for unit in units]
+        with ThreadPoolExecutor(self.store.parallel) as pool:
+            return list(pool.map(call, units))
+
     def _check_file(self, entry: FileEntry) -> None:
         size = self.store.size(entry.path)
         if size is None:
@@ -270,13 +385,13 @@ class CacheWriter:
         """Return the files of each view from the unit records; raises `DamagedCacheError` listing missing units."""
         entries: dict[View, list[FileEntry]] = {view: [] for view in views}
         missing: list[str] = []
-        for view in views:
-            for shard in self.units(view):
-                record = self._finished(view, shard)
-                if record is None:
-                    missing.append(f"{view.name} shard {shard}")
-                else:
-                    entries[view] += record.files
+        units = [(view, shard) for view in views for shard in self.units(view)]
+        records = self._each(lambda unit: self._finished(*unit), units)
+        for (view, shard), record in zip(units, records, strict=True):
+            if record is None:
+                missing.append(f"{view.name} shard {shard}")
+            else:
+                entries[view] += record.files
         if missing:
             more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
             raise DamagedCacheError(
@@ -294,19 +409,36 @@ class CacheWriter:
             **given,
             "head": head.to_json() if isinstance(head, HeadSpec) else head,
             "format": FORMAT,
-            "identity": self._start.identity,
-            "identity_digest": digest_json(self._start.identity),
+            "identity": self.begun.identity,
+            "identity_digest": digest_json(self.begun.identity),
             "arrays": {
                 name: {"dtype": array.dtype, "shape": list(array.shape), "sha256": array.sha256}
-                for name, array in self._arrays.items()
+                for name, array in self.begun.arrays.items()
             },
-            "columns": columns_to_json(self._start.columns),
-            "num_images": self._start.num_images,
+            "columns": columns_to_json(self.begun.columns),
+            "num_images": self.begun.num_images,
             "shard_size": self.shard_size,
             "views": [view.name for view in views],
-            "data_sha256": digest_json(self._start.data),
+            "data_sha256": self.begun.data_sha256,
             "shards": shards,
-            "digest": content_digest(self._start.identity, files),
+            "digest": content_digest(self.begun.identity, files),
         }
         where = f"{self.store.where(NAME)} as it would be written"
         return Manifest.from_json(parse_json(canonical_json(plain), where), where)
+
+
+def _check_given(manifest: Mapping[str, Any]) -> None:
+    if set(manifest) != set(GIVEN):
+        raise SettingError(f"a manifest is given exactly {', '.join(GIVEN)}; got {', '.join(sorted(manifest))}")
+
+
+class _Lent:
+    """The lock of one who works for its holder."""
+
+    is_locked = True
+
+    def sign(self) -> None:
+        """Its holder gives the signs."""
+
+    def release(self) -> None:
+        """It is not this one's to give back."""

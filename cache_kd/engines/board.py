@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, Protocol, final
 
 HOPELESS = 3
-"""So many units failed and none done, or so often a worker ended before it had a unit: there is no point in going on."""
+"""So many units failed and none done, or so many times a worker ended before it had one: going on is pointless."""
 
 
 @dataclass(frozen=True)
