@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+"""What a line of the log looks like, in every process of a command."""
+
 
 class CacheKDError(Exception):
     """Base of every error raised on purpose by cache-kd; its message is one complete line."""

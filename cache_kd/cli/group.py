@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from cache_kd import __version__
-from cache_kd.errors import CacheKDError
+from cache_kd.errors import LOG_FORMAT, CacheKDError
 
 
 class Terminated(KeyboardInterrupt):
@@ -88,4 +88,4 @@ def main(debug: bool) -> None:
     # Read when torch loads its OpenMP: idle threads sleep instead of spinning. With both cores of a machine busy
     # elsewhere, a training step of YOLOv8n took 0.23 CPU seconds so and 0.95 spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)

@@ -130,7 +130,8 @@ class CrossKD(DistillLoss):
     The student's map after `position` convolutions of each branch (0: the head's input) goes through a 1x1 convolution
     where channels differ, `align_scale` to the teacher's statistics of the same batch, and the rest of the teacher's
     frozen head. That convolution has no bias: `align_scale` takes the mean away again, so its gradient would be
-    rounding noise. The statistics are those of the batch as one rank sees it, exact from the stored sums.
+    rounding noise. The statistics of both are those of the part of a batch that one device has, the teacher's exact
+    from the stored sums.
 
     Classes: all anchors, Z = max(Σ max_c p_t, 1). Boxes: sent anchors with max_c p_t > 0.05, weighted by max_c p_t and
     divided by the sum of these weights; on a teacher without bins `bckd_box_loss` of the decoded boxes, for which the

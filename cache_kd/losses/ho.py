@@ -15,6 +15,7 @@ from cache_kd.losses.critic import Critic
 from cache_kd.losses.level_maps import level_maps
 from cache_kd.losses.numeric import at_least_float32, comparable
 from cache_kd.losses.options import Allowed, above, at_least
+from cache_kd.losses.ranks import averaged, own_rows
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
 
 BETAS = (0.9, 0.99)
@@ -86,7 +87,8 @@ class HO(DistillLoss):
     In training, each call first gives the critics one step of their own Adam, on `ho_critic_loss` + `penalty` ·
     `ho_gradient_penalty`, without touching the student; a step whose loss or gradient is not finite is left out. Then
     the student meets critics that take no gradient. In eval mode or without gradient the critics stay as they are. The
-    optimizer's state and the place in the row of random shares α are in the state dict.
+    optimizer's state and the place in the row of random shares α are in the state dict. On several devices all take one
+    step, along the mean of their gradients.
 
     The critics differ from the authors', which take 65x65 maps through a batch normalisation or tanh, four 4x4
     convolutions of stride 2 and two attentions: P4 and P5 are too small for that, so these take raw logits of any size
@@ -135,15 +137,18 @@ class HO(DistillLoss):
         self.step += 1
         losses = []
         for critic, student, teacher in zip(self.critics, ours, theirs, strict=True):
-            alpha = torch.rand((student.shape[0], 1, 1, 1), generator=generator).to(student.device)
+            alpha = own_rows(lambda rows: torch.rand((rows, 1, 1, 1), generator=generator), len(student))
+            alpha = alpha.to(student.device)
             apart = ho_critic_loss(critic, student, teacher)
             losses.append(apart + self.penalty * ho_gradient_penalty(critic, student, teacher, alpha=alpha))
         trained = list(self.critics.parameters())
         slopes = torch.autograd.grad(sum(losses[1:], losses[0]), trained, allow_unused=True)
-        held = [slope for slope in slopes if slope is not None]
-        if not torch.stack([*losses, torch.nn.utils.get_total_norm(held)]).isfinite().all():
+        reached = [parameter for parameter, slope in zip(trained, slopes, strict=True) if slope is not None]
+        # The critics are no part of DDP's graph: without this each process would train its own.
+        total, *held = averaged([torch.stack(losses), *(slope for slope in slopes if slope is not None)])
+        if not torch.stack([*total, torch.nn.utils.get_total_norm(held)]).isfinite().all():
             return
-        for parameter, slope in zip(trained, slopes, strict=True):
+        for parameter, slope in zip(reached, held, strict=True):
             parameter.grad = slope
         self.optimizer.step()
         self.optimizer.zero_grad()

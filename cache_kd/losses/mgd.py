@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from cache_kd.losses.maps import MapLoss, channel_adapters
 from cache_kd.losses.numeric import cell_mask, comparable
 from cache_kd.losses.options import Allowed, from_to_below
+from cache_kd.losses.ranks import own_rows
 from cache_kd.structures import DetectorOutput, HeadSpec, TargetBatch
 
 
@@ -87,9 +89,14 @@ class MGD(MapLoss):
         self.step += 1
         masks = []
         for pair, values in enumerate(maps):
-            numbers = torch.rand((len(values), 1, *values.shape[2:]), generator=_stream(seed, step, pair))
+            draw = partial(_uniform, size=values.shape[2:], generator=_stream(seed, step, pair))
+            numbers = own_rows(draw, len(values))
             masks.append((numbers <= 1 - self.lambda_).to(values.device))
         return masks
+
+
+def _uniform(rows: int, *, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.rand((rows, 1, *size), generator=generator)
 
 
 def _generator(channels: int) -> nn.Sequential:

@@ -19,8 +19,9 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     1 − r averaged over channels, r being Pearson's correlation. 0 when each channel is an increasing affine function of
     the teacher's. The authors' code is the same, with 6 in front for detectors; it also resizes maps of unequal sizes.
 
-    The statistics are those of the batch that one process sees: a batch shared by several processes gives each its own,
-    and repeating a batch changes the value by order 1/m.
+    The statistics are those of the part of a batch that one device has, as batch norm's are in Ultralytics and PKD's in
+    the authors' code; each device's part of a batch of 16 on two counts m over its 8 images. Repeating a batch changes
+    the value by order 1/m.
 
     Args:
         student: (N, F, H, W), after the adapter. A constant channel has z = 0; a single cell gives 0.

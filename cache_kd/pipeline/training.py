@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from cache_kd.cache.last_use import mark_used
 from cache_kd.cache.manifest import Manifest
 from cache_kd.config import read_yaml
-from cache_kd.errors import MismatchError, MissingFileError, SettingError
+from cache_kd.errors import CacheKDError, MismatchError, MissingFileError, SettingError
 from cache_kd.fingerprint import compare_sources
 from cache_kd.losses import LossSpec, parse_losses
 from cache_kd.losses.spec import COMMON
@@ -26,6 +27,7 @@ from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.gate import import_user_modules, no_download_entries, safe_loading
+from cache_kd.ultralytics_bridge.launch import launch
 from cache_kd.ultralytics_bridge.models import check_pretrained, check_resumed, check_student
 from cache_kd.ultralytics_bridge.plan import DistillPlan
 from cache_kd.ultralytics_bridge.settings import (
@@ -34,7 +36,7 @@ from cache_kd.ultralytics_bridge.settings import (
     check_training_settings,
     fixed_overrides,
 )
-from cache_kd.ultralytics_bridge.trainer import DistillTrainer
+from cache_kd.ultralytics_bridge.trainer import RECORD, DistillTrainer
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
 from cache_kd.views.recipe import Recipe
 
@@ -45,7 +47,6 @@ PROOFS = {
     "off": "with --verify-pixels off nothing shows it; leave that out",
 }
 NO_LOSSES = "none"
-RECORD = "cache_kd.yaml"
 
 
 @dataclass(frozen=True)
@@ -134,23 +135,68 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
     if not Path(overrides["project"]).is_absolute():
         overrides["project"] = str(Path.cwd() / overrides["project"])
     with safe_loading(trusted=settings.trust_student), no_download_entries():
-        trainer = DistillTrainer(distill_plan(cache, losses, settings), overrides)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        # Not before: a run that is refused leaves nothing behind.
-        trainer.add_callback("on_train_start", lambda _: mark_used(cache.path))
+        trainer = _trainer(DistillTrainer, cache, losses, settings, overrides)
         try:
-            trainer.train()
+            outcomes = _on_every_device(trainer, cache, settings) if trainer.ddp else [_run(trainer)]
         except KeyboardInterrupt as interrupt:
             last = Path(trainer.last)
             again = f"go on after the last whole epoch: cache-kd train resume={last}"
             interrupt.add_note(again if last.exists() else "no epoch was finished, run the same command again")
             raise
     if losses:
-        checked, served = trainer.train_loader.proven
+        checked, served = (sum(outcome["proven"][part] for outcome in outcomes) for part in (0, 1))
         say(f"pixels: {checked} of {served} items compared with the teacher's{', all equal' if checked else ''}")
+    return Trained(Path(trainer.save_dir), losses, outcomes[0]["metrics"])
+
+
+def _trainer(
+    kind: type[DistillTrainer],
+    cache: Cache,
+    losses: tuple[LossSpec, ...],
+    settings: TrainSettings,
+    overrides: dict[str, Any],
+    callbacks: Any = None,
+    **more: Any,
+) -> DistillTrainer:
+    trainer = kind(distill_plan(cache, losses, settings), overrides, callbacks, **more)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if trainer.leads:
+        # Not before: a run that is refused leaves nothing behind.
+        trainer.add_callback("on_train_start", lambda _: mark_used(cache.path))
+    return trainer
+
+
+def _run(trainer: DistillTrainer) -> dict[str, Any]:
+    """Train in this process; return its metrics, and (compared, all) items that it was shown."""
+    trainer.train()
     metrics = {str(key): float(value) for key, value in (trainer.metrics or {}).items()}
-    return Trained(Path(trainer.save_dir), losses, metrics)
+    return {"metrics": metrics, "proven": list(trainer.train_loader.proven)}
+
+
+def _on_every_device(trainer: DistillTrainer, cache: Cache, settings: TrainSettings) -> list[Mapping[str, Any]]:
+    """Train in one process a device and return what `_run` returns in each, the first one's first."""
+    named = replace(settings, cache=cache.path, data=cache.data_file())
+    try:
+        return launch(trainer, partial(train_rank, named, type(trainer)))
+    except CacheKDError:
+        trainer.discard()
+        raise
+
+
+def train_rank(
+    settings: TrainSettings, kind: type[DistillTrainer], cfg: Any, overrides: dict[str, Any], callbacks: Any
+) -> dict[str, Any]:
+    """Do one device's part of a run that another process has checked and launched; see `launch`.
+
+    Args:
+        settings: as `train` has completed them. kind: the trainer's class.
+        cfg, overrides, callbacks: what Ultralytics' launch file hands over, the run's settings among them.
+    """
+    import_user_modules(settings.imports)
+    cache = _open(settings, LOG.info)
+    with safe_loading(trusted=settings.trust_student), no_download_entries():
+        return _run(_trainer(kind, cache, _losses(settings, cache.manifest), settings, overrides, callbacks, cfg=cfg))
 
 
 def _open(settings: TrainSettings, say: Callable[[str], None]) -> Cache:

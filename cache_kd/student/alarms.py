@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cache_kd.errors import AlarmError
+from cache_kd.losses.ranks import summed
 
 LOG = logging.getLogger(__name__)
 CONSTANT_STEPS = 50
@@ -97,6 +98,8 @@ def gradient_shares(
 ) -> dict[str, float]:
     """Return each term's share of the gradient on the neck's outputs: |g_term| / (|g_detection| + |g_term|).
 
+    On several devices the gradients are those on the outputs of all of them; every process must call it in one step.
+
     Args:
         detection: The detection loss, scalar. terms: weighted terms, scalars, in the same scale.
         features: The neck's outputs (B, F, H, W). Without gradient in all of them (a frozen neck) nothing is measured.
@@ -108,20 +111,24 @@ def gradient_shares(
     if not measured:
         return {}
 
-    def norms(loss: Tensor) -> dict[int, float]:
+    levels = list(measured.values())
+
+    def squares(loss: Tensor) -> Tensor:
         if not loss.requires_grad:
-            return dict.fromkeys(measured, 0.0)
+            return torch.zeros(len(levels), device=loss.device)
         # Half-precision gradients of single terms would underflow; the factor cancels in the ratio.
-        found = torch.autograd.grad(loss * 1024, list(measured.values()), retain_graph=True, allow_unused=True)
-        squares = [0.0 if g is None else float(g.float().square().sum()) for g in found]
-        return dict(zip(measured, squares, strict=True))
+        found = torch.autograd.grad(loss * 1024, levels, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.stack([gradient.float().square().sum() for gradient in found])
 
-    def norm(squares: Mapping[int, float], levels: Sequence[Tensor]) -> float:
-        return math.sqrt(sum(squares.get(id(level), 0.0) for level in levels))
+    # Those of all images of the step, whatever device they are on.
+    rows = summed(torch.stack([squares(detection), *(squares(term) for term in terms.values())])).tolist()
+    reference, *own = (dict(zip(measured, row, strict=True)) for row in rows)
 
-    reference = norms(detection)
+    def norm(row: Mapping[int, float], levels: Sequence[Tensor]) -> float:
+        return math.sqrt(sum(row.get(id(level), 0.0) for level in levels))
+
     shares = {}
-    for name, term in terms.items():
-        value = norm(norms(term), places[name])
+    for name, row in zip(terms, own, strict=True):
+        value = norm(row, places[name])
         shares[name] = value / (norm(reference, places[name]) + value) if value else 0.0
     return shares

@@ -27,6 +27,7 @@ from cache_kd.ultralytics_bridge.run_files import (
     sidecar_of,
     write_tensors,
 )
+from cache_kd.ultralytics_bridge.settings import check_one_device
 from cache_kd.ultralytics_bridge.student import TARGETS
 from cache_kd.ultralytics_bridge.teacher import Checkpoint
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
@@ -45,6 +46,7 @@ class CotrainedTrainer(DistillTrainer):
     """
 
     def __init__(self, checkpoint: Checkpoint, losses: tuple[LossSpec, ...], overrides: dict[str, Any]) -> None:
+        check_one_device(overrides.get("device"), "a run beside a teacher that learns")
         self.teacher_file = checkpoint.path
         self.teacher: Any = checkpoint.model.float()
         self.forwards = 0

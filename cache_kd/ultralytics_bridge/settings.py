@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ultralytics.cfg import check_dict_alignment, get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
-from ultralytics.utils.torch_utils import select_device
+from ultralytics.utils.torch_utils import parse_device, select_device
 
 from cache_kd.errors import CacheKDError, SettingError
 from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS, Recipe
@@ -88,15 +88,20 @@ def one_line() -> Iterator[None]:
 
 
 def check_device(device: object) -> None:
-    """Raise `SettingError` unless `device` is one device that can be used here; None lets Ultralytics choose."""
+    """Raise `SettingError` unless `device` can be used here; None lets Ultralytics choose."""
     try:
         select_device("" if device is None else device, verbose=False)
     except (ValueError, RuntimeError):
         count = torch.cuda.device_count()
-        seen = f"cpu, or one of the {count} GPUs that torch sees, as device=0" if count else "cpu; torch sees no GPU"
+        seen = f"cpu, or of the {count} GPUs that torch sees one or several, as device=0 or device=0,1"
+        seen = seen if count else "cpu; torch sees no GPU"
         raise SettingError(f"device={device} cannot be used here; allowed: {seen}") from None
-    if device is not None and len(str(device).strip("[]()").split(",")) > 1:
-        raise SettingError(f"device={device}: several devices are not supported; allowed: one, as device=0")
+
+
+def check_one_device(device: object, purpose: str) -> None:
+    """Raise `SettingError` where `purpose` cannot be done on several devices and `device` names some."""
+    if device is not None and len(parse_device(device).split(",")) > 1:
+        raise SettingError(f"device={device}: {purpose} takes one device; allowed: one, as device=0")
 
 
 def check_pixel_settings(settings: Mapping[str, Any], recipe: Recipe, imgsz: int) -> None:

@@ -19,6 +19,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from cache_kd.cache.files import write_atomic
 from cache_kd.config import to_yaml
 from cache_kd.errors import AlarmError, CacheKDError, MismatchError, SettingError
+from cache_kd.losses.ranks import of_the_first, summed
 from cache_kd.student.batch import target_columns
 from cache_kd.student.distiller import Distiller
 from cache_kd.student.loader import ViewSampler
@@ -48,23 +49,29 @@ from cache_kd.ultralytics_bridge.watch import GRADIENTS, StepWatch
 
 LOG = logging.getLogger(__name__)
 SIDECAR = "kd_last.pt"
+RECORD = "cache_kd.yaml"
+"""What a run was made of, in its folder from the moment on at which it can begin."""
 
 
 class DistillTrainer(DetectionTrainer):
     """Ultralytics' detection trainer on the views of a cache.
 
     EMA, checkpoints, validation, callbacks, AMP and resuming are the stock trainer's. Adapters are in the optimizer, in
-    parameter groups of their own, and in a sidecar file beside last.pt.
+    parameter groups of their own, and in a sidecar file beside last.pt. On several devices there is one of it in every
+    process and one, whose `ddp` is true, in the process that launches them; files are the first process's.
     """
 
-    def __init__(self, plan: DistillPlan, overrides: dict[str, Any], _callbacks: Any = None) -> None:
+    def __init__(
+        self, plan: DistillPlan, overrides: dict[str, Any], _callbacks: Any = None, *, cfg: Any = DEFAULT_CFG
+    ) -> None:
         self.plan = plan
+        self.epochs: int
         workers = overrides.get("workers")
         check_device(overrides.get("device"))
         project = Path(overrides["project"])
         self._made = [folder for folder in (project, *project.parents) if not folder.exists()]
         with one_line():
-            super().__init__(DEFAULT_CFG, overrides, _callbacks)
+            super().__init__(cfg, overrides, _callbacks)
         if self.device.type == "cpu" and workers:
             self.args.workers = workers  # Ultralytics sets 0 on the CPU even where the user asked for some
         if self.args.compile and plan.losses:
@@ -73,6 +80,11 @@ class DistillTrainer(DetectionTrainer):
         self._dataset: TrainingSet | None = None
         self._watch = StepWatch(shlex.quote(str(plan.record.get("cache", "CACHE"))))
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process trains and writes the run's files."""
+        return RANK in {-1, 0} and not self.ddp
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
@@ -80,7 +92,8 @@ class DistillTrainer(DetectionTrainer):
         if mode != "train":
             return validation_set(self.args, img_path, batch=batch, data=self.data, mode=mode, stride=stride)
         if self._dataset is None:
-            self._dataset = training_set(self.plan, self.data, cache=self.args.cache, stride=stride)
+            cache, others = self.args.cache, not self.leads
+            self._dataset = training_set(self.plan, self.data, cache=cache, stride=stride, proven=others)
         return self._dataset
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
@@ -91,17 +104,29 @@ class DistillTrainer(DetectionTrainer):
         return training_loader(
             self.plan,
             dataset,
-            ViewSampler(len(dataset), self._schedule(), seed=self.args.seed),
+            ViewSampler(len(dataset), self._schedule(), seed=self.args.seed, rank=max(RANK, 0), world=self._world),
             batch_size=batch_size,
             workers=self.args.workers,
+            processes=self._world,
             cache=self.args.cache,
             pinned=self.device.type == "cuda",
         )
 
+    @property
+    def _world(self) -> int:
+        return max(int(self.world_size), 1)
+
     def _schedule(self) -> ViewSchedule:
         return ViewSchedule.for_cache(self.plan.views, epochs=self.epochs, close=self.args.close_mosaic)
 
+    def _get_warmup_iterations(self, num_batches: int) -> int:
+        if self.args.time:
+            # Re-estimated by each process from its own clock; other epochs would be other views and learning rates.
+            self.epochs = self.args.epochs = int(of_the_first(self.epochs, self.device))
+        return int(super()._get_warmup_iterations(num_batches))
+
     def _model_train(self) -> None:
+        self._watch.see(self.model, at_once=True)  # what is left of the epoch before
         super()._model_train()
         sampler = self.train_loader.sampler
         sampler.schedule = self._schedule()  # `time=` re-estimates the number of epochs while it runs
@@ -196,10 +221,12 @@ class DistillTrainer(DetectionTrainer):
             with one_line():
                 super()._setup_train()
         except CacheKDError:
-            self._discard()
+            if RANK == -1:
+                self.discard()
             raise
-        if RANK in {-1, 0}:
-            write_atomic(self.save_dir / "cache_kd.yaml", to_yaml(dict(self.plan.record)).encode())
+        summed(torch.zeros(1, device=self.device))  # the record says that every process has got so far
+        if self.leads:
+            write_atomic(self.save_dir / RECORD, to_yaml(dict(self.plan.record)).encode())
 
     def _check_trainable(self) -> None:
         """Refuse a student that is frozen whole, which Ultralytics overlooks while adapters can be trained."""
@@ -209,9 +236,9 @@ class DistillTrainer(DetectionTrainer):
                 f"freeze={self.args.freeze!r} leaves nothing of the student to train; freeze fewer layers"
             )
 
-    def _discard(self) -> None:
-        """Remove the run's folder, and those made for it, when the run is refused before its first epoch."""
-        if self.resume or self.args.exist_ok:
+    def discard(self) -> None:
+        """Remove the run's folder, and those made for it, when the run was refused before its first epoch."""
+        if self.resume or self.args.exist_ok or (self.save_dir / RECORD).exists():
             return
         shutil.rmtree(self.save_dir, ignore_errors=True)
         for folder in self._made:
@@ -235,6 +262,7 @@ class DistillTrainer(DetectionTrainer):
         return saved
 
     def final_eval(self) -> None:
+        self._watch.see(self.model, at_once=True)
         with full_disk_in_one_line(self.save_dir, self.last), stripped_whole():
             super().final_eval()
 
@@ -258,7 +286,7 @@ class DistillTrainer(DetectionTrainer):
                 f"one from it: cache-kd train --student {self.last}"
             )
         super().resume_training(ckpt)
-        if ckpt is not None and self.resume:
+        if ckpt is not None and self.resume and self.leads:
             drop_leftovers(self.wdir)
             for table in (Path(self.csv), self.save_dir / GRADIENTS):
                 keep_epochs(table, self.start_epoch)
@@ -277,5 +305,6 @@ class DistillTrainer(DetectionTrainer):
         file, state = found
         with one_line():
             distiller.load_state_dict(state)
-        if file != self.wdir / SIDECAR:
+        summed(torch.zeros(1, device=self.device))  # all have read it before it is renamed
+        if file != self.wdir / SIDECAR and self.leads:
             publish_next(self.wdir / SIDECAR)

@@ -10,7 +10,7 @@ from cache_kd.errors import CacheKDError
 from cache_kd.pipeline.recipes.schema import Faults
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.models import check_pretrained, check_student
-from cache_kd.ultralytics_bridge.settings import check_settings, check_training_settings
+from cache_kd.ultralytics_bridge.settings import check_one_device, check_settings, check_training_settings
 from cache_kd.views.recipe import BATCH_PIXEL_KEYS, RECIPE_KEYS
 
 OWN = {
@@ -67,6 +67,8 @@ def _check_value(at: tuple[str, ...], key: str, value: Any, faults: Faults) -> N
             check_training_settings({key: value})
         if key == "pretrained":
             check_pretrained(value, trusted=False)
+        if key == "device":
+            check_one_device(value, "a run of a recipe, whose memory and time are recorded,")
     except CacheKDError as error:
         faults.add(at, f"{'.'.join(at)}: {error}")
 
