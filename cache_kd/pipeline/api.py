@@ -37,7 +37,7 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
     for key in ("data", "cache"):
         if own.get(key) is not None:
             own[key] = Path(own[key])
-    for name in ("store", "taps"):
+    for name in ("store", "taps", "imports"):
         if name in own:
             own[name] = tuple(own[name])
     if isinstance(own.get("budget"), str):
@@ -56,6 +56,9 @@ def train(
     verify_pixels: str = "first",
     views: int | None = None,
     plain_views: int | None = None,
+    threads: int | None = None,
+    trust_student: bool = False,
+    imports: Sequence[str | Path] = (),
     **settings: Any,
 ) -> Trained:
     """Train a student from a cache and return its run's folder, losses and metrics.
@@ -66,6 +69,7 @@ def train(
         losses: Specs as on the command line; empty takes the defaults, ["none"] trains plainly on the same views.
         balance: Share of the neck's gradient at which each term is held that names no share of its own.
         views, plain_views: Mixed and plain views to show, the cache's first ones; None shows all.
+        threads, trust_student, imports: As the options of `cache-kd train`.
         settings: Ultralytics' own settings, such as epochs=50.
 
     Raises:
@@ -83,6 +87,9 @@ def train(
             verify_pixels=verify_pixels,
             views=views,
             plain_views=plain_views,
+            threads=threads,
+            trust_student=trust_student,
+            imports=tuple(map(Path, imports)),
             settings=settings,
         )
     )

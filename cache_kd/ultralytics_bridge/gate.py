@@ -114,6 +114,8 @@ def readable(what: str, path: Path, trust: str) -> Iterator[None]:
         if "restricted" in str(error):
             hint = f"; it may run code, which only {trust} allows"
         reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        if isinstance(error, KeyError) and path.suffix != ".pt":  # Ultralytics looks a layer's class up by its name
+            reason, hint = f"no layer or key {reason}", "; a layer of your own: --import your_modules.py"
         kind = "is not a usable Ultralytics checkpoint" if path.suffix == ".pt" else "is not a usable model YAML"
         raise InputDataError(f"{what} {path} {kind}: {reason}{hint}") from error
 

@@ -28,8 +28,9 @@ def detect_head(model: nn.Module, purpose: str) -> Detect:
     head = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
     if not isinstance(head, Detect) or isinstance(head, OTHER_TASKS):
         found = type(head).__name__ if head is not None else type(model).__name__
+        task = getattr(model, "task", None)  # of checkpoints; a model that was just built has none
         raise InputDataError(
-            f"{purpose} has the head {found} (task {getattr(model, 'task', 'unknown')}); "
+            f"{purpose} has the head {found}{f' (task {task})' if task else ''}; "
             "allowed: Detect, as in YOLOv8, YOLO11, YOLO12 and YOLO26 detection models"
         )
     return head
