@@ -16,9 +16,15 @@ from cache_kd.cli.output import PATH, quiet
 @click.option("--student", help="Model YAML or checkpoint, as yolov8n.yaml.")
 @click.option("--cache", type=PATH, help="Folder of a cache; default: the newest complete one in kd_cache/.")
 @click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
-@click.option("--loss", "losses", multiple=True, metavar="SPEC", help="NAME[:key=value,…], repeatable, or none.")
+@click.option(
+    "--loss",
+    "losses",
+    multiple=True,
+    metavar="SPEC",
+    help="NAME[:key=value,…], repeatable, or none; default: cwd and ld, or those of them that fit.",
+)
 @click.option("--balance", type=float, metavar="SHARE", help="Hold each term at this share of the neck's gradient.")
-@click.option("--name", help="Name of the run's folder under runs/detect.")
+@click.option("--name", help="Name of the run's folder under runs/detect; default: train.")
 @click.option("--verify-pixels", default="first", show_default=True, help="first, all or off.")
 @click.option("--views", type=int, help="Show only the cache's first so many mixed views; default: all.")
 @click.option("--plain-views", type=int, help="Show only the cache's first so many plain views; default: all.")
