@@ -20,13 +20,13 @@ from filelock import FileLock, Timeout
 from cache_kd.cache.files import make_folder
 from cache_kd.errors import CacheKDError
 from cache_kd.pipeline.extraction import extract
+from cache_kd.pipeline.recipes.cache_tasks import CacheTask
 from cache_kd.pipeline.recipes.plan import (
     CHANGED,
     DONE,
     ERROR,
     LOG,
     RESUME,
-    CacheTask,
     PlannedRun,
     RecipePlan,
     RunTask,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cache_kd.pipeline.recipes.plan import CHANGED, DONE, OPEN, RESUME, CacheTask, PlannedRun, RecipePlan
+from cache_kd.pipeline.recipes.cache_tasks import CacheTask
+from cache_kd.pipeline.recipes.plan import CHANGED, DONE, OPEN, RESUME, PlannedRun, RecipePlan
 from cache_kd.pipeline.sizes import duration, megabytes
 from cache_kd.report.record import RunRecord
 
