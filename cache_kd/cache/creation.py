@@ -19,10 +19,19 @@ from cache_kd.cache.layout import (
     teacher_path,
 )
 from cache_kd.cache.lock import is_lock_file
-from cache_kd.cache.manifest import MAX_JSON_BYTES, NAME, ROOT, TeacherArray, load_manifest, read_root, root_attributes
+from cache_kd.cache.manifest import (
+    MAX_JSON_BYTES,
+    NAME,
+    ROOT,
+    TeacherArray,
+    data_limit,
+    load_manifest,
+    read_root,
+    root_attributes,
+)
 from cache_kd.cache.shard import with_checksum
 from cache_kd.cache.store import Store
-from cache_kd.errors import DamagedCacheError, MismatchError, SettingError
+from cache_kd.errors import DamagedCacheError, InputDataError, MismatchError, SettingError
 from cache_kd.fingerprint import (
     OtherIdentityError,
     SourceImage,
@@ -112,7 +121,7 @@ def create_or_check(store: Store, start: Start, *, alone: bool = True) -> Begun:
         _check_same(store, read_root(store), start)
     if alone:
         store.sweep()
-    data = _write_or_take_data(store, start.data)
+    data = _write_or_take_data(store, start.data, start.num_images)
     _write_or_check(store, "teacher/zarr.json", canonical_json(group_metadata({})), "the teacher's group")
     arrays = {name: _write_array(store, name, array) for name, array in sorted(start.teacher_arrays.items())}
     size = shard_size(start.columns)
@@ -164,7 +173,8 @@ def _check_same(store: Store, found: dict[str, Any], start: Start) -> None:
 def _data_changes(store: Store, identity: dict[str, Any], start: Start) -> list[str]:
     """Return which images and labels differ; nothing unless `data.json` lists those of the cache's identity."""
     try:
-        recorded = _images(parse_json(store.read(DATA, MAX_JSON_BYTES), store.where(DATA)))
+        found = store.read(DATA, data_limit(start.num_images))
+        recorded = _images(parse_json(found, store.where(DATA)))
     except DamagedCacheError:
         return []
     sound = digest_sources(recorded) == identity.get("data")
@@ -179,18 +189,23 @@ def _images(data: Any) -> list[SourceImage]:
     return [SourceImage(*row) for row in rows]
 
 
-def _write_or_take_data(store: Store, wanted: dict[str, Any]) -> bytes:
+def _write_or_take_data(store: Store, wanted: dict[str, Any], num_images: int) -> bytes:
     """Write `data.json` and return it, or the one that a manifest vouches for, if it lists the same images by content.
 
     Their files may have other names meanwhile. Before there is a manifest, the identity alone says which images.
     """
-    content = canonical_json(wanted)
+    content, limit = canonical_json(wanted), data_limit(num_images)
+    if len(content) > limit:  # before an extraction that nobody could read afterwards
+        raise InputDataError(
+            f"{store.where(DATA)} would have {len(content)} bytes for {num_images} images; allowed: {limit}; give the "
+            "images shorter paths below their common folder, or divide the data set"
+        )
     sealed = _sealed(store)
     if sealed is None or sealed == sha256(content):
         if store.size(DATA) != len(content) or store.read(DATA, len(content)) != content:
             store.write(DATA, content)
         return content
-    found = store.read(DATA, MAX_JSON_BYTES)
+    found = store.read(DATA, limit)
     if sha256(found) != sealed:
         raise DamagedCacheError(
             f"{store.where(DATA)} is not the one that {NAME} names; run `cache-kd verify {store.place}`"

@@ -48,6 +48,7 @@ class SyntheticCache:
     views: int
     imgsz: int = 640
     fidelity: str = "default"
+    folder: str = "patch"
 
     @cached_property
     def codec(self) -> ViewCodec:
@@ -57,7 +58,7 @@ class SyntheticCache:
     def sources(self) -> tuple[SourceImage, ...]:
         """Images as a data set of a million has them: folders of a thousand, names of twelve digits."""
         return tuple(
-            SourceImage(f"patch{number // 1000}/{number:012d}.jpg", 90_000 + number % 70_000, _hex(number, 16),
+            SourceImage(f"{self.folder}{number // 1000}/{number:012d}.jpg", 90_000 + number % 70_000, _hex(number, 16),
                         _hex(-number - 1, 16))
             for number in range(self.images)
         )  # fmt: skip

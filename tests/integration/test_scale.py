@@ -8,6 +8,7 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from cache_kd.cache import files, manifest, reader
 from cache_kd.cache.files import parse_json
 from cache_kd.cache.folder_store import FolderStore
 from cache_kd.cache.reader import CacheReader
-from cache_kd.errors import DamagedCacheError, MismatchError
+from cache_kd.errors import DamagedCacheError, InputDataError, MismatchError
 from cache_kd.fingerprint import compare_sources
 from cache_kd.pipeline import costs
 from cache_kd.pipeline.costs import recorded_seconds
@@ -171,3 +172,20 @@ def test_the_list_of_images_may_be_as_long_as_there_are_images(
         DamagedCacheError, match=f"data.json: the file has {size} bytes, at most {size - 1} are allowed"
     ):
         _ = Cache(large.path).images
+
+
+def test_a_list_of_images_that_nobody_could_read_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(manifest, "_IMAGE_BYTES", 100)
+    with pytest.raises(InputDataError, match=r"data.json would have .* bytes for 20 images; allowed: 2000; give the"):
+        SyntheticCache(tmp_path / "c", 20, 1).open_writer()
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_extraction_goes_on_with_a_long_list_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SyntheticCache(tmp_path / "c", 200, 1).write()
+    monkeypatch.setattr(manifest, "MAX_JSON_BYTES", 20_000)  # about 25 000 bytes; the images were renamed meanwhile
+    renamed = SyntheticCache(tmp_path / "c", 200, 1, folder="moved")
+    renamed.open_writer().close()
