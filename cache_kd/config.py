@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,19 @@ from typing import Any
 import yaml
 
 from cache_kd.errors import InputDataError, MissingFileError, SettingError
+
+UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(kB|MB|GB|TB|B)", re.IGNORECASE)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Return the bytes that `text` says, at least 1; raises `SettingError` naming `option` for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    factors = {unit.upper(): size for unit, size in UNITS.items()}
+    count = int(float(match[1]) * factors.get(match[2].upper(), 1.0)) if match else 0
+    if count < 1:
+        raise SettingError(f"{option} {text!r} is no size; allowed: a number and a unit, as 500MB, 40GB, 1.5TB")
+    return count
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,11 +7,18 @@ import os
 import stat
 from pathlib import Path
 
+from cache_kd.cache.store import Place
+
 LAST_USE = ".last-use"
 
 
-def mark_used(path: Path) -> None:
-    """Note that the cache at `path` is used now, as the time of an empty file; one that is read-only stays as it is."""
+def mark_used(path: Place) -> None:
+    """Note that the cache at `path` is used now, as the time of an empty file; one that is read-only stays as it is.
+
+    So does one in an object store: many read it from afar, and none of them needs the right to write there.
+    """
+    if not isinstance(path, Path):
+        return
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(OSError):  # nothing depends on it
         descriptor = os.open(path / LAST_USE, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -22,8 +29,10 @@ def mark_used(path: Path) -> None:
             os.close(descriptor)
 
 
-def last_use(path: Path) -> float | None:
+def last_use(path: Place) -> float | None:
     """Return the seconds since 1970 of the last use of the cache at `path`, None if none is known."""
+    if not isinstance(path, Path):
+        return None
     try:
         found = (path / LAST_USE).lstat()
     except OSError:

@@ -58,13 +58,14 @@ class ObjectServer:
         except FileNotFoundError:
             return None
 
-    def size(self, url: str, key: str) -> int | None:
-        """Return the bytes of an object, None if there is none."""
+    def head(self, url: str, key: str) -> tuple[int, float] | None:
+        """Return the bytes of an object and the seconds since 1970 of its last change; None if there is none."""
         import obstore
 
         try:
             with told_apart():
-                return int(obstore.head(self._store(url), key)["size"])
+                found = obstore.head(self._store(url), key)
+                return int(found["size"]), found["last_modified"].timestamp()
         except FileNotFoundError:
             return None
 

@@ -13,6 +13,7 @@ from cache_kd.cache.fetched import FetchFolder
 from cache_kd.cache.object_process import OBJECTS, retry_seconds
 from cache_kd.cache.records import FileEntry
 from cache_kd.cache.store import Place, Url
+from cache_kd.config import parse_size
 from cache_kd.errors import CacheKDError, DamagedCacheError, DiskSpaceError, MissingFileError, SettingError
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
@@ -20,7 +21,7 @@ READ_ONLY = ("http", "https")
 FOLDER = "CACHE_KD_FETCH_FOLDER"
 LIMIT = "CACHE_KD_FETCH_LIMIT"
 DEFAULT_FOLDER = Path("kd_cache", ".fetched")
-DEFAULT_LIMIT = 50 * 10**9
+DEFAULT_LIMIT = "50GB"
 _TRIES = 5
 _SECRETS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN, AWS_REGION; AWS_SKIP_SIGNATURE=true for a "
@@ -40,12 +41,10 @@ class Fetching:
 
     @classmethod
     def from_environment(cls, limit: int | None = None) -> Fetching:
-        """Return the folder and limit of `CACHE_KD_FETCH_FOLDER` and `CACHE_KD_FETCH_LIMIT`, a number of bytes."""
-        text = os.environ.get(LIMIT)
-        if limit is None and text is not None and not text.isdigit():
-            raise SettingError(f"{LIMIT}={text!r}; allowed: a number of bytes, such as 50000000000")
-        folder = Path(os.environ.get(FOLDER) or DEFAULT_FOLDER)
-        return cls(folder.absolute(), limit if limit is not None else int(text or DEFAULT_LIMIT))
+        """Return the folder and limit of `CACHE_KD_FETCH_FOLDER` and `CACHE_KD_FETCH_LIMIT`, such as 50GB."""
+        if limit is None:
+            limit = parse_size(os.environ.get(LIMIT) or DEFAULT_LIMIT, LIMIT)
+        return cls(Path(os.environ.get(FOLDER) or DEFAULT_FOLDER).absolute(), limit)
 
 
 class NoLock:
@@ -97,6 +96,10 @@ class ObjectStore:
             self._listed[folder] = dict(self.files(folder))
         found = self._listed[folder].get(relative)
         return self._head(relative) if found is None else found
+
+    def modified(self, relative: str) -> float | None:
+        found = self._ask("head", relative)
+        return None if found is None else float(found[1])
 
     def find(self, relative: str, limit: int) -> bytes | None:
         found = self._ask("get", relative, limit)
@@ -175,8 +178,8 @@ class ObjectStore:
         return NoLock()
 
     def _head(self, relative: str) -> int | None:
-        found = self._ask("size", relative)
-        return None if found is None else int(found)
+        found = self._ask("head", relative)
+        return None if found is None else int(found[0])
 
     def _forget(self, relative: str) -> None:
         self._listed.pop("/".join(relative.split("/")[:4]), None)

@@ -13,9 +13,9 @@ from cache_kd.errors import SettingError, choices
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
 
 
-def parse_place(text: str | Path) -> Place:
+def parse_place(text: str | Place) -> Place:
     """Return the folder or the URL that `text` names; raises `SettingError` for a scheme that is not known."""
-    if isinstance(text, Path):
+    if not isinstance(text, str):
         return text
     match = _URL.fullmatch(text)
     if match is None:

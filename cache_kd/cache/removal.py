@@ -1,39 +1,29 @@
-"""In: a cache's folder. Out: it is gone, or the line that says why it stays; other files are never touched."""
+"""In: a cache's place. Out: it is gone, or the line that says why it stays; other files are never touched."""
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Self, final
 
 from cache_kd.cache.creation import discard
-from cache_kd.cache.files import clear_errors, sync_folder
-from cache_kd.cache.lock import WriterLock, lock_cache
+from cache_kd.cache.files import sync_folder
 from cache_kd.cache.manifest import NAME, load_manifest, read_root
 from cache_kd.cache.places import open_store
+from cache_kd.cache.store import Lock, Place
 from cache_kd.errors import DamagedCacheError, MismatchError, MissingFileError
 
 
-def folder_bytes(path: Path) -> int:
+def folder_bytes(path: Place) -> int:
     """Return the bytes of all regular files below `path`; links are not followed."""
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                status = os.lstat(os.path.join(folder, name))
-            except FileNotFoundError:  # a writer is at work
-                continue
-            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
-    return total
+    return sum(size for _, size in open_store(path).files())
 
 
 @final
 class CacheRemoval:
     """Holds the lock of a cache that is to be deleted; get it, ask whoever is to be asked, then `delete`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         """Take the lock.
 
         Raises:
@@ -42,7 +32,8 @@ class CacheRemoval:
         check_removable(path)
         self.path = path
         self.num_bytes = folder_bytes(path)
-        self._lock: WriterLock = lock_cache(path)
+        self._store = open_store(path)
+        self._lock: Lock = self._store.lock()
 
     def __enter__(self) -> Self:
         return self
@@ -54,16 +45,16 @@ class CacheRemoval:
 
     def delete(self) -> int:
         """Delete the cache, the manifest first, so that a kill leaves an unfinished one; returns the bytes freed."""
-        with clear_errors(self.path, "deleting"):
-            (self.path / NAME).unlink(missing_ok=True)
+        self._store.delete(NAME)
+        if isinstance(self.path, Path):
             sync_folder(self.path)
-        discard(open_store(self.path))
-        return self.num_bytes - (folder_bytes(self.path) if self.path.exists() else 0)
+        discard(self._store)
+        return self.num_bytes - folder_bytes(self.path)
 
 
-def check_removable(path: Path) -> None:
+def check_removable(path: Place) -> None:
     """Raise `MissingFileError` unless `path` is itself the folder of a cache, of whatever format, damaged or not."""
-    if path.is_symlink():
+    if isinstance(path, Path) and path.is_symlink():
         raise MissingFileError(f"{path} is a link, which is never followed; name the cache's own folder")
     try:
         read_root(path)

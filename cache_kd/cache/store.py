@@ -22,6 +22,12 @@ class Url:
     def __truediv__(self, relative: str) -> Url:
         return Url(f"{self.text.rstrip('/')}/{relative}")
 
+    def resolve(self) -> Url:
+        """Return the address itself: it does not depend on the working directory."""
+        return self
+
+    absolute = resolve
+
     @property
     def name(self) -> str:
         return self.text.rstrip("/").rsplit("/", 1)[-1]

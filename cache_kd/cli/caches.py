@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from cache_kd.cli.group import main
-from cache_kd.cli.output import PATH, Progress, quiet
+from cache_kd.cli.output import CACHE, PATH, Progress, quiet
 
 PICTURE_OPTIONS = ("image", "view", "student", "teacher", "data", "trust_student", "trust_teacher", "imports")
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("cache", type=CACHE)
 @click.option("--out", type=PATH, help="Draw pictures into this folder: of a view, or a sheet of several.")
 @click.option("--image", help="Number or name of an image; default: a few.")
 @click.option("--view", help="3, mixed:3 or plain:0; default: all views.")
@@ -27,7 +27,7 @@ PICTURE_OPTIONS = ("image", "view", "student", "teacher", "data", "trust_student
 @click.option("--trust-teacher", is_flag=True, help="Let the teacher's file run code while it loads.")
 @click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-def inspect(cache: Path, out: Path | None, as_json: bool, **options: Any) -> None:
+def inspect(cache: Any, out: Path | None, as_json: bool, **options: Any) -> None:
     """Say what a cache holds and what it was made from; with --out draw views of it.
 
     Of one view: labels beside the teacher's boxes, its maps as heat, and what the codec keeps of them.
@@ -56,7 +56,7 @@ def inspect(cache: Path, out: Path | None, as_json: bool, **options: Any) -> Non
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("cache", type=CACHE)
 @click.option("--pixels", is_flag=True, help="Make every view again and compare its pixels' hash.")
 @click.option("--teacher", type=PATH, help="Run this teacher on a sample and compare its targets.")
 @click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
@@ -67,7 +67,7 @@ def inspect(cache: Path, out: Path | None, as_json: bool, **options: Any) -> Non
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Read this share of files.")
 @click.option("--seed", default=0, show_default=True, help="Which files --fraction takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-def verify(cache: Path, as_json: bool, repair: bool, jobs: int | None, **options: Any) -> None:
+def verify(cache: Any, as_json: bool, repair: bool, jobs: int | None, **options: Any) -> None:
     """Check a cache: manifest, sizes, sha256 and crc32c of everything; on request pixels and targets too.
 
     \b
@@ -101,9 +101,9 @@ def verify(cache: Path, as_json: bool, repair: bool, jobs: int | None, **options
 
 
 @main.command(name="list")
-@click.argument("folder", type=PATH, required=False)
+@click.argument("folder", type=CACHE, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-def list_(folder: Path | None, as_json: bool) -> None:
+def list_(folder: Any, as_json: bool) -> None:
     """List the caches in a folder, by default kd_cache/ or CACHE_KD_CACHE: size, age, last use, what they hold.
 
     \b
@@ -116,11 +116,11 @@ def list_(folder: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("caches", type=PATH, nargs=-1, metavar="CACHE...")
+@click.argument("caches", type=CACHE, nargs=-1, metavar="CACHE...")
 @click.option("--unfinished", is_flag=True, help="Delete all unfinished caches of the default place.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-def rm(caches: tuple[Path, ...], unfinished: bool, yes: bool, as_json: bool) -> None:
+def rm(caches: tuple[Any, ...], unfinished: bool, yes: bool, as_json: bool) -> None:
     """Delete caches, and nothing that is no cache or is being written. Asks first on a terminal.
 
     \b
@@ -138,5 +138,5 @@ def rm(caches: tuple[Path, ...], unfinished: bool, yes: bool, as_json: bool) -> 
         click.echo(json.dumps([{"cache": str(path), "bytes": size} for path, size in gone]))
         return
     for path, size in gone:
-        left = "; files that are not the cache's are still there" if path.exists() else ""
+        left = "; files that are not the cache's are still there" if isinstance(path, Path) and path.exists() else ""
         click.echo(f"{path}: deleted, {megabytes(size)} freed{left}")

@@ -12,6 +12,26 @@ import click
 PATH = click.Path(path_type=Path)
 
 
+class CachePlace(click.ParamType[Any, Any]):
+    """A cache's folder, or its URL in an object store."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        from cache_kd.cache.places import parse_place
+        from cache_kd.errors import SettingError
+
+        try:
+            return parse_place(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
+CACHE = CachePlace()
+
+
 class Progress:
     """Shows (done, total) as a bar on a terminal, as plain lines with rate and ETA elsewhere."""
 

@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from cache_kd.cli.group import main
-from cache_kd.cli.output import PATH, quiet
+from cache_kd.cli.output import CACHE, PATH, quiet
 
 
 @main.command()
 @click.option("--student", help="Model YAML or checkpoint, as yolov8n.yaml.")
-@click.option("--cache", type=PATH, help="Folder of a cache; default: the newest complete one in kd_cache/.")
+@click.option("--cache", type=CACHE, help="Folder or URL of a cache; default: the newest complete one in kd_cache/.")
 @click.option("--data", type=PATH, help="Data file; default: the one that the extraction used.")
 @click.option(
     "--loss",
@@ -28,6 +28,8 @@ from cache_kd.cli.output import PATH, quiet
 @click.option("--verify-pixels", default="first", show_default=True, help="first, all or off.")
 @click.option("--views", type=int, help="Show only the cache's first so many mixed views; default: all.")
 @click.option("--plain-views", type=int, help="Show only the cache's first so many plain views; default: all.")
+@click.option("--fetch-limit", metavar="SIZE", help="Local copies of a cache in an object store; default: 50GB.")
+@click.option("--shuffle-window", type=click.IntRange(1), help="Shuffle within so many shards; default: all that fit.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="torch threads; default: Ultralytics' choice, cores - 1.")
 @click.option("--trust-student", is_flag=True, help="Let the student's file run code while it loads.")
 @click.option("--import", "imports", multiple=True, type=PATH, help="Your own Python file with model classes.")
@@ -42,11 +44,14 @@ def train(settings: tuple[str, ...], student: str | None, **options: Any) -> Non
     cache-kd train --student yolov8n.yaml --loss cwd --loss ld:weight=2 epochs=50 batch=32
     cache-kd train resume=runs/detect/train/weights/last.pt
     """
-    from cache_kd.config import parse_pairs
+    from cache_kd.config import parse_pairs, parse_size
 
     pairs = parse_pairs(settings)
     if student is None and not pairs.get("resume"):
         raise click.UsageError("Missing option '--student', for example --student yolov8n.yaml.")
+    limit = options.pop("fetch_limit")
+    if limit is not None:
+        options["fetch_limit"] = parse_size(limit, "--fetch-limit")
     from cache_kd.pipeline.training import TrainSettings
     from cache_kd.pipeline.training import train as run
 

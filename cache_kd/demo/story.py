@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cache_kd.cache.store import Place
 from cache_kd.demo.scenes import CLASSES, draw_dataset
 from cache_kd.demo.schedule import SCHEDULE
 from cache_kd.pipeline.extract_settings import ExtractSettings
@@ -136,7 +137,7 @@ def _cache_row(made: Extracted, seconds: float) -> Row:
     return Row("cache", None, None, seconds, made.num_bytes, made.items, 0)
 
 
-def _student(out: Path, cache: Path, name: str, losses: tuple[str, ...], seed: int) -> Row:
+def _student(out: Path, cache: Place, name: str, losses: tuple[str, ...], seed: int) -> Row:
     before = time.perf_counter()
     settings = {
         **SCHEDULE.training,

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cache_kd.cache.places import parse_place
+from cache_kd.cache.store import Place
+from cache_kd.config import parse_size
 from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import extract as run_extraction
 from cache_kd.pipeline.opened import Cache, open_cache
 from cache_kd.pipeline.recipes.execution import run_recipe_file
 from cache_kd.pipeline.recipes.results import RecipeResult
-from cache_kd.pipeline.sizes import parse_size
 from cache_kd.pipeline.training import Trained, TrainSettings
 from cache_kd.pipeline.training import train as run_training
 
@@ -34,9 +36,9 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
     """
     own = {key: value for key, value in options.items() if key in _EXTRACT_OPTIONS}
     augment = {key: value for key, value in options.items() if key not in _EXTRACT_OPTIONS}
-    for key in ("data", "cache"):
+    for key, parse in (("data", Path), ("cache", parse_place)):
         if own.get(key) is not None:
-            own[key] = Path(own[key])
+            own[key] = parse(own[key])
     for name in ("store", "taps", "imports"):
         if name in own:
             own[name] = tuple(own[name])
@@ -48,7 +50,7 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
 def train(
     student: str | Path,
     *,
-    cache: Cache | str | Path | None = None,
+    cache: Cache | str | Place | None = None,
     losses: Sequence[str] = (),
     balance: float | None = None,
     data: str | Path | None = None,
@@ -65,7 +67,7 @@ def train(
 
     Args:
         student: Model YAML or checkpoint.
-        cache: A `Cache`, its folder, or None for the newest complete one.
+        cache: A `Cache`, its folder or URL, or None for the newest complete one.
         losses: Specs as on the command line; empty takes the defaults, ["none"] trains plainly on the same views.
         balance: Share of the neck's gradient at which each term is held that names no share of its own.
         views, plain_views: Mixed and plain views to show, the cache's first ones; None shows all.
@@ -79,7 +81,7 @@ def train(
     return run_training(
         TrainSettings(
             student=str(student),
-            cache=Path(folder) if folder is not None else None,
+            cache=parse_place(folder) if folder is not None else None,
             data=Path(data) if data is not None else None,
             losses=tuple(losses),
             balance=balance,

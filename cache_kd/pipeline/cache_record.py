@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from cache_kd.cache.find import find_caches
 from cache_kd.cache.layout import length_name
+from cache_kd.cache.store import Place
 from cache_kd.errors import CacheKDError
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.costs import recorded_seconds
@@ -15,7 +15,7 @@ from cache_kd.pipeline.opened import Cache
 from cache_kd.report.record import CacheRecord
 
 
-def cache_record(path: Path, views: tuple[int | None, int | None] = (None, None)) -> CacheRecord:
+def cache_record(path: Place, views: tuple[int | None, int | None] = (None, None)) -> CacheRecord:
     """Return the facts of a cache; `views`: how many mixed and plain ones are shown, None: all.
 
     A run that shows some views is charged for those: bytes, seconds and teacher passes are those of a cache of so many.
@@ -64,7 +64,7 @@ def _seconds(cache: Cache) -> float | None:
     return None if made else own
 
 
-def read_bytes(path: Path, losses: Iterable[str]) -> int:
+def read_bytes(path: Place, losses: Iterable[str]) -> int:
     """Return the bytes that an epoch reads of a cache for these losses, on average over its views."""
     cache = Cache(path)
     specs = parse_losses(list(losses))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,9 @@ from typing import Any
 from cache_kd.cache.find import FoundCache, find_caches
 from cache_kd.cache.last_use import last_use
 from cache_kd.cache.manifest import NAME, read_root
+from cache_kd.cache.places import open_store
 from cache_kd.cache.removal import CacheRemoval, folder_bytes
+from cache_kd.cache.store import Place
 from cache_kd.errors import CacheKDError, MissingFileError, SettingError
 from cache_kd.pipeline.locations import caches_folder
 from cache_kd.pipeline.sizes import duration, megabytes
@@ -36,13 +37,13 @@ class Listed:
     fidelity: str | None
 
 
-def list_caches(folder: Path | None) -> list[Listed]:
+def list_caches(folder: Place | None) -> list[Listed]:
     """Return the caches directly below `folder`, or the default place, the newest first.
 
     Raises:
         MissingFileError: A folder was named and is not there.
     """
-    if folder is not None and not folder.is_dir():
+    if folder is not None and open_store(folder).entries() is None:
         raise MissingFileError(f"no folder {folder}; name one that holds caches, or none: {caches_folder()}")
     return [_listed(found) for found in find_caches(folder if folder is not None else caches_folder())]
 
@@ -72,7 +73,7 @@ def _listed(found: FoundCache) -> Listed:
     )
 
 
-def _begun(path: Path) -> tuple[object, int | None]:
+def _begun(path: Place) -> tuple[object, int | None]:
     """Return fidelity and number of images of a cache without a sound manifest, as far as its root group tells."""
     try:
         root = read_root(path)
@@ -88,7 +89,7 @@ def to_json(caches: Sequence[Listed]) -> list[dict[str, Any]]:
     return [asdict(cache) for cache in caches]
 
 
-def table(caches: Sequence[Listed], folder: Path | None, *, now: float | None = None) -> str:
+def table(caches: Sequence[Listed], folder: Place | None, *, now: float | None = None) -> str:
     """Return the caches as a table for people; ages are counted to `now`."""
     place = folder if folder is not None else caches_folder()
     if not caches:
@@ -108,7 +109,7 @@ def table(caches: Sequence[Listed], folder: Path | None, *, now: float | None = 
                 data,
                 shape,
                 cache.fidelity or "?",
-                "complete" if cache.complete else _state(Path(cache.path)),
+                "complete" if cache.complete else _state(cache.path),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -117,17 +118,17 @@ def table(caches: Sequence[Listed], folder: Path | None, *, now: float | None = 
     return "\n".join([*lines, f"{len(caches)} caches in {place}, {total}; delete one: cache-kd rm CACHE"])
 
 
-def _state(path: Path) -> str:
-    return "damaged" if os.path.lexists(path / NAME) else "unfinished"
+def _state(path: str) -> str:
+    return "damaged" if open_store(path).exists(NAME) else "unfinished"
 
 
 def remove(
-    paths: Sequence[Path],
+    paths: Sequence[Place],
     *,
     unfinished: bool = False,
     agreed: Callable[[str], bool],
     say: Callable[[str], None],
-) -> list[tuple[Path, int]]:
+) -> list[tuple[Place, int]]:
     """Delete caches and return each with the bytes that it freed; nothing is deleted unless all may be.
 
     Args:
@@ -142,7 +143,7 @@ def remove(
     with ExitStack() as stack:
         removals = [stack.enter_context(CacheRemoval(path)) for path in dict.fromkeys(paths)]
         for found in find_caches(caches_folder()) if unfinished else []:
-            if os.path.lexists(found.path / NAME) or found.path in paths:
+            if open_store(found.path).exists(NAME) or found.path in paths:
                 continue
             try:
                 removals.append(stack.enter_context(CacheRemoval(found.path)))

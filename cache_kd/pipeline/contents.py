@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from cache_kd.cache.files import brief
 from cache_kd.cache.manifest import NAME, Manifest
+from cache_kd.cache.store import Place
 from cache_kd.codecs import ViewCodec
 from cache_kd.errors import CacheKDError, DamagedCacheError
 from cache_kd.fingerprint import SourceImage
@@ -40,7 +40,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_contents(manifest: Manifest, path: Path) -> None:
+def check_contents(manifest: Manifest, path: Place) -> None:
     """Raise `DamagedCacheError` that lists everything in a manifest that is not as an extraction writes it."""
     absent = object()
     faults: list[str] = []
@@ -62,7 +62,7 @@ def stored_columns(codec: ViewCodec, packing: PixelCodec | None) -> tuple[Column
     return (*codec.columns, *(packing.columns(codec.imgsz) if packing else ()), PIXEL_HASH)
 
 
-def checked_codecs(manifest: Manifest, path: Path) -> tuple[ViewCodec, PixelCodec | None]:
+def checked_codecs(manifest: Manifest, path: Place) -> tuple[ViewCodec, PixelCodec | None]:
     """Return the codecs of a cache's targets and views, None where it keeps no views.
 
     Raises:
@@ -79,7 +79,7 @@ def checked_codecs(manifest: Manifest, path: Path) -> tuple[ViewCodec, PixelCode
     return codec, packing
 
 
-def checked_images(data: Mapping[str, Any], count: int, path: Path) -> tuple[SourceImage, ...]:
+def checked_images(data: Mapping[str, Any], count: int, path: Place) -> tuple[SourceImage, ...]:
     """Return the images that `data.json` lists; raises `DamagedCacheError` unless they are `count` rows of ours."""
     rows, kinds = data.get("images"), [str, int, str, str]
     if not isinstance(rows, list) or len(rows) != count:

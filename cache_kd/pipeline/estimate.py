@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cache_kd.cache.disk import free_bytes, write_rate
+from cache_kd.cache.store import Place
 from cache_kd.codecs import FIDELITIES, ViewCodec
 from cache_kd.pipeline.default_losses import arrays_read, default_losses
 from cache_kd.pipeline.extract_settings import DEFAULT_FIDELITY, ExtractSettings
@@ -43,13 +43,13 @@ class Estimate:
         reasons: why a budget led to this choice.
     """
 
-    path: Path
+    path: Place
     images: int
     imgsz: int
     losses: tuple[str, ...]
     probed: Probed
     write_rate: float
-    free: int
+    free: int | None
     step_rate: float
     rows: tuple[Row, ...]
     reasons: tuple[str, ...] = ()
@@ -82,13 +82,14 @@ class Estimate:
     def lines(self) -> list[str]:
         """Return the figures as lines and a table for people."""
         seconds, chosen = self.probed.seconds, self.chosen
-        short = chosen.figures.bytes > self.free
+        room = "no end to it" if self.free is None else f"{megabytes(self.free)} free"
+        short = self.free is not None and chosen.figures.bytes > self.free
         return [
             *self.reasons,
             f"{self.path}: {self.images} images at {self.imgsz} px, {self.probed.items} items looked at",
             f"  an item   view {_ms(seconds.views)}, teacher {_ms(seconds.teacher)} (forward pass "
             f"{_ms(seconds.forward)}), coding {_ms(seconds.encode[chosen.fidelity])}",
-            f"  disk      writes {megabytes(self.write_rate)}/s, {megabytes(self.free)} free"
+            f"  disk      writes {megabytes(self.write_rate)}/s, {room}"
             + (", which is too little" if short else ""),
             f"  training  a plain step of {STUDENT} here makes {self.step_rate:.0f} images/s; reading is for "
             f"{', '.join(self.losses)} at that rate",

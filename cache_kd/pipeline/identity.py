@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_kd.cache.manifest import load_manifest
+from cache_kd.cache.store import Place
 from cache_kd.codecs import ViewCodec
 from cache_kd.errors import DamagedCacheError, MismatchError
 from cache_kd.fingerprint import (
@@ -88,7 +89,7 @@ def recodings(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [made for made in chain if isinstance(made, dict)] if isinstance(chain, list) else []
 
 
-def with_command(error: OtherIdentityError, path: Path, teacher: Path) -> MismatchError:
+def with_command(error: OtherIdentityError, path: Place, teacher: Path) -> MismatchError:
     """Return the refusal of an extraction into `path`, with the teachers' files and the options for that cache."""
     earlier = _recorded_teacher(path)
     options = [option for change in error.differences if (option := _option(change))]
@@ -108,7 +109,7 @@ def teacher_differences(recorded: object, checkpoint: Checkpoint) -> str:
     return listed(differences({"teacher": recorded}, {"teacher": teacher_identity(checkpoint)}))
 
 
-def _recorded_teacher(path: Path) -> str | None:
+def _recorded_teacher(path: Place) -> str | None:
     try:
         return str(load_manifest(path).teacher.get("file"))
     except DamagedCacheError:  # an extraction that has not ended yet

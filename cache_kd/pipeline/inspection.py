@@ -1,11 +1,11 @@
-"""In: a cache's folder. Out: what it holds and what it was made from, as one mapping and as lines for people."""
+"""In: a cache's place. Out: what it holds and what it was made from, as one mapping and as lines for people."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from cache_kd.cache.files import brief
+from cache_kd.cache.store import Place
 from cache_kd.pipeline.costs import costs
 from cache_kd.pipeline.costs import lines as cost_lines
 from cache_kd.pipeline.identity import recodings
@@ -13,7 +13,7 @@ from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.sizes import megabytes
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Place) -> dict[str, Any]:
     """Return the facts of a complete cache as JSON holds them; raises `CacheKDError` for anything else."""
     cache = Cache(path)
     manifest, skipped = cache.manifest, cache.reader.read_data()["skipped"]

@@ -1,4 +1,4 @@
-"""In: a cache's folder. Out: its targets and pixels by view and index, in memory and typed."""
+"""In: a cache's place. Out: its targets and pixels by view and index, in memory and typed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from cache_kd.cache.manifest import Manifest
+from cache_kd.cache.places import open_store
 from cache_kd.cache.reader import CacheReader
+from cache_kd.cache.store import Place, Store
 from cache_kd.codecs import ViewCodec
 from cache_kd.fingerprint import SourceImage, compare_sources
 from cache_kd.pipeline.contents import check_contents, checked_codecs, checked_images
@@ -29,14 +31,15 @@ class Cache:
     """A complete cache, opened for reading.
 
     Args:
-        path: Its folder.
+        path: Its folder, or its URL in an object store; a `Store` says more of how it is read.
         data: The data file, for pixels only; by default the one that the extraction used, looked up as recorded, beside
             the cache, and in the working directory.
     """
 
-    def __init__(self, path: Path | str, *, data: Path | str | None = None) -> None:
-        self.path = Path(path)
-        self.reader = CacheReader(self.path)
+    def __init__(self, path: Place | str | Store, *, data: Path | str | None = None) -> None:
+        store = open_store(path)
+        self.path: Place = store.place
+        self.reader = CacheReader(store)
         check_contents(self.reader.manifest, self.path)
         self._data = Path(data) if data is not None else None
 
@@ -141,14 +144,14 @@ class Cache:
         return recorded_data_file(self.path, self.manifest)
 
 
-def recorded_data_file(path: Path, manifest: Manifest) -> Path:
+def recorded_data_file(path: Place, manifest: Manifest) -> Path:
     """Return the data file that the extraction used: as recorded, beside the cache, or in the working directory."""
-    beside = (path.parent, path.parent.parent)
+    beside = (path.parent, path.parent.parent) if isinstance(path, Path) else ()
     return find_data_file(str(manifest.teacher["data"]), beside=beside, purpose=f"cache {path}")
 
 
-def open_cache(path: Path | str | None = None, *, data: Path | str | None = None) -> Cache:
-    """Return the cache at `path`, or the newest complete one of the default place."""
+def open_cache(path: Place | str | None = None, *, data: Path | str | None = None) -> Cache:
+    """Return the cache at `path`, a folder or a URL, or the newest complete one of the default place."""
     return Cache(path if path is not None else newest_cache()[0], data=data)
 
 

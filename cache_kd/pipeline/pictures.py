@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cache_kd.cache.files import make_folder
+from cache_kd.cache.store import Place
 from cache_kd.errors import SettingError, choices
 from cache_kd.fingerprint import SourceImage
 from cache_kd.pipeline.coded_targets import codec_in_words, coded_levels, coded_logits
@@ -63,7 +64,7 @@ class Drawn:
     notes: tuple[str, ...]
 
 
-def draw(path: Path, settings: PictureSettings) -> Drawn:
+def draw(path: Place, settings: PictureSettings) -> Drawn:
     """Draw one view of one image, or a sheet of views where either is not given.
 
     Raises:
@@ -71,7 +72,7 @@ def draw(path: Path, settings: PictureSettings) -> Drawn:
     """
     import_user_modules(settings.imports)
     cache = Cache(path, data=settings.data)
-    if settings.out.resolve().is_relative_to(cache.path.resolve()):
+    if isinstance(cache.path, Path) and settings.out.resolve().is_relative_to(cache.path.resolve()):
         raise SettingError(f"--out {settings.out} lies in the cache; give a folder outside it: --out pictures")
     view = None if settings.view is None else known_view(cache, settings.view)
     index = None if settings.image is None else image_index(cache.images, settings.image)

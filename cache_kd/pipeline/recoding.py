@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from cache_kd.cache.store import Place
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import FIDELITIES, ViewCodec
 from cache_kd.codecs.logits import SparseLogits
 from cache_kd.errors import CacheKDError, MismatchError, SettingError, choices
 from cache_kd.fingerprint import OtherIdentityError
 from cache_kd.pipeline.contents import stored_columns
-from cache_kd.pipeline.extraction import Extracted, nothing_left, remove_empty
+from cache_kd.pipeline.extraction import Extracted, nothing_left, remove_empty, to_be_made
 from cache_kd.pipeline.identity import RECODED, recodings
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.versions import version_differences
 from cache_kd.structures import PIXEL_HASH, STORES, SampleTargets, TargetBatch, View
-from cache_kd.teacher.extract import Unit, open_units
+from cache_kd.teacher.extract import Unit, all_units, open_units
 from cache_kd.ultralytics_bridge.kept_anchors import KeptAnchors
 from cache_kd.views.seeding import pixel_hash
 
@@ -42,10 +43,10 @@ class RecodeSettings:
         jobs: threads that decode and encode; the bytes do not depend on them.
     """
 
-    source: Path
+    source: Place
     fidelity: str | None = None
     store: tuple[str, ...] | None = None
-    cache: Path | None = None
+    cache: Place | None = None
     data: Path | None = None
     jobs: int = 1
 
@@ -66,7 +67,7 @@ def recode(
     path, writer, made = _open(source, codec, settings)
     started, done = time.perf_counter(), 0
     with writer, nothing_left(path, made):
-        units = open_units(writer, source.views)
+        units = open_units(writer, all_units(writer, source.views))
         items = sum(len(unit.indices(writer.shard_size, source.manifest.num_images)) for unit in units)
         say(f"{path}: {len(units)} units of {len(source.views)} views to recode from {settings.source}")
         recoder = Recoder(source, codec)
@@ -204,14 +205,14 @@ def _sample(batch: TargetBatch, kept: np.ndarray | None) -> SampleTargets:
     )
 
 
-def _open(source: Cache, codec: ViewCodec, settings: RecodeSettings) -> tuple[Path, CacheWriter, tuple[Path, ...]]:
+def _open(source: Cache, codec: ViewCodec, settings: RecodeSettings) -> tuple[Place, CacheWriter, tuple[Place, ...]]:
     manifest = source.manifest
     # Rows that were coded twice are not those of an extraction at this fidelity: the cache is another one.
     earlier = {"identity": manifest.identity_digest, "fidelity": source.codec.fidelity.name}
     chain = [*recodings(manifest.identity), earlier]
     identity = {**manifest.identity, "codec": _record(source, codec), RECODED: chain}
     path = settings.cache or default_cache_path(_SUFFIX.sub("", settings.source.resolve().name), identity)
-    made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
+    made = to_be_made(path)
     try:
         writer = CacheWriter.open_or_create(
             path,
@@ -224,8 +225,7 @@ def _open(source: Cache, codec: ViewCodec, settings: RecodeSettings) -> tuple[Pa
     except OtherIdentityError as error:
         raise MismatchError(str(error)) from error
     except (CacheKDError, KeyboardInterrupt):
-        if not path.exists():
-            remove_empty(made[1:])
+        remove_empty(made[1:])
         raise
     return path, writer, made
 

@@ -12,8 +12,9 @@ import torch
 
 from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.repair import CacheRepair, Lost
+from cache_kd.cache.store import Place
 from cache_kd.cache.verify import VerifyReport, verify_cache
-from cache_kd.errors import MismatchError
+from cache_kd.errors import MismatchError, SettingError
 from cache_kd.fingerprint import differences, listed
 from cache_kd.pipeline.extract_settings import ExtractSettings, loader_workers
 from cache_kd.pipeline.extraction import Job, prepare
@@ -27,7 +28,7 @@ _NAMED = 8
 
 
 def repair(
-    path: Path,
+    path: Place,
     *,
     teacher: Path | None = None,
     data: Path | None = None,
@@ -47,6 +48,11 @@ def repair(
         MismatchError: another teacher, data set or version of a library; or this machine makes other bytes.
         DamagedCacheError: a manifest that is damaged itself. CacheKDError: a writer is at work.
     """
+    if not isinstance(path, Path):
+        raise SettingError(
+            f"{path}: --repair mends folders; delete the damaged objects and run the same `cache-kd extract` again, it "
+            "makes their units anew"
+        )
     with CacheRepair(path) as cache:
         report = verify_cache(path, jobs=jobs, progress=progress)
         if report.ok:
@@ -106,10 +112,9 @@ def _extract_again(cache: CacheRepair, lost: Lost, job: Job, progress: Callable[
                 batch=batch,
                 workers=loader_workers(job.settings),
                 environment=environment,
-                progress=lambda _: None,
             )
         try:
-            cache.take_unit(lost, job.path, view, shard)
+            cache.take_unit(lost, Path(str(job.path)), view, shard)
         except MismatchError as error:
             raise MismatchError(f"{cache.path}: {error}; {_explanation(recorded, environment)}") from error
         if progress:

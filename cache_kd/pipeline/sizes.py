@@ -1,13 +1,8 @@
-"""In: bytes and seconds as numbers, or bytes as words like 40GB. Out: the other of the two."""
+"""In: bytes and seconds as numbers. Out: words for people, with a fitting unit."""
 
 from __future__ import annotations
 
-import re
-
-from cache_kd.errors import SettingError
-
-UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(kB|MB|GB|TB|B)", re.IGNORECASE)
+from cache_kd.config import UNITS
 
 
 def megabytes(count: float) -> str:
@@ -16,16 +11,6 @@ def megabytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def parse_size(text: str, option: str) -> int:
-    """Return the bytes that `text` says, at least 1; raises `SettingError` naming `option` for anything else."""
-    match = _SIZE.fullmatch(text.strip())
-    factors = {unit.upper(): size for unit, size in UNITS.items()}
-    count = int(float(match[1]) * factors.get(match[2].upper(), 1.0)) if match else 0
-    if count < 1:
-        raise SettingError(f"{option} {text!r} is no size; allowed: a number and a unit, as 500MB, 40GB, 1.5TB")
-    return count
 
 
 def duration(seconds: float) -> str:

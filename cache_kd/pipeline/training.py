@@ -13,12 +13,16 @@ import torch
 
 from cache_kd.cache.last_use import mark_used
 from cache_kd.cache.manifest import Manifest
+from cache_kd.cache.object_store import Fetching
+from cache_kd.cache.places import open_store, parse_place
+from cache_kd.cache.store import Place, Store
 from cache_kd.config import read_yaml
 from cache_kd.errors import CacheKDError, MismatchError, MissingFileError, SettingError
 from cache_kd.fingerprint import compare_sources
 from cache_kd.losses import LossSpec, parse_losses
 from cache_kd.losses.spec import COMMON
 from cache_kd.pipeline.default_losses import default_losses
+from cache_kd.pipeline.fetching import arrays_read, fetch_ahead, shuffle_window
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.packed import check_class_names, check_decoder
@@ -58,12 +62,14 @@ class TrainSettings:
         balance: share of the gradient at which each term is held whose spec gives no `balance`; None holds none.
         losses: specs as on the command line; none takes `default_losses`; ("none",) trains plainly on the same views.
         views, plain_views: mixed and plain views to show, the first ones; None shows all.
+        fetch_limit: bytes of local copies of a cache in an object store; None takes `CACHE_KD_FETCH_LIMIT`.
+        shuffle_window: shards within which images are shuffled; None: all, or as many as `fetch_limit` allows.
         threads: torch threads; None leaves Ultralytics' choice, on a CPU one fewer than its cores.
         settings: Ultralytics' own KEY=VALUE settings.
     """
 
     student: str
-    cache: Path | None = None
+    cache: Place | None = None
     data: Path | None = None
     losses: tuple[str, ...] = ()
     balance: float | None = None
@@ -71,6 +77,8 @@ class TrainSettings:
     verify_pixels: str = "first"
     views: int | None = None
     plain_views: int | None = None
+    fetch_limit: int | None = None
+    shuffle_window: int | None = None
     threads: int | None = None
     trust_student: bool = False
     imports: tuple[Path, ...] = ()
@@ -158,12 +166,14 @@ def _trainer(
     callbacks: Any = None,
     **more: Any,
 ) -> DistillTrainer:
-    trainer = kind(distill_plan(cache, losses, settings), overrides, callbacks, **more)
+    plan = distill_plan(cache, losses, settings)
+    trainer = kind(plan, overrides, callbacks, **more)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if trainer.leads:
         # Not before: a run that is refused leaves nothing behind.
         trainer.add_callback("on_train_start", lambda _: mark_used(cache.path))
+        fetch_ahead(trainer, cache, _arrays(cache, plan.targets), plan.window)
     return trainer
 
 
@@ -201,11 +211,15 @@ def train_rank(
 
 def _open(settings: TrainSettings, say: Callable[[str], None]) -> Cache:
     if settings.cache is not None:
-        return Cache(settings.cache, data=settings.data)
+        return Cache(_store(settings.cache, settings), data=settings.data)
     path, candidates = newest_cache()
     others = f", the newest of {candidates}; another one: --cache DIR" if candidates > 1 else ""
     say(f"cache: {path}{others}")
-    return Cache(path, data=settings.data)
+    return Cache(_store(path, settings), data=settings.data)
+
+
+def _store(path: Place, settings: TrainSettings) -> Store:
+    return open_store(path, Fetching.from_environment(settings.fetch_limit))
 
 
 def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]:
@@ -248,9 +262,12 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
     def check_data(dataset: TrainingDataset) -> None:
         compare_sources(cache.images, dataset.sources())
 
+    views = chosen_views(manifest, settings)
+    window = shuffle_window(cache, views, _arrays(cache, targets), settings.shuffle_window, LOG.info)
+    record = {**_record(cache, losses, settings), "shuffle_window": window.shards if window else None}
     return DistillPlan(
         losses=losses,
-        views=chosen_views(manifest, settings),
+        views=views,
         recipe=Recipe.from_settings(manifest.recipe),
         imgsz=manifest.imgsz,
         seed=manifest.seed,
@@ -260,8 +277,16 @@ def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSett
         head=cache.frozen_head,
         check_data=check_data,
         packed=cache.packed,
-        record={**_record(cache, losses, settings), **({"decoder_difference": difference} if cache.packing else {})},
+        record={**record, **({"decoder_difference": difference} if cache.packing else {})},
         boxes=stored_boxes(cache),
+        window=window,
+    )
+
+
+def _arrays(cache: Cache, targets: TargetSource | None) -> frozenset[str]:
+    """Return the stored arrays that a run reads."""
+    return arrays_read(
+        cache, targets.columns if targets else (), proven=targets is not None and targets.verify != "off"
     )
 
 
@@ -340,12 +365,18 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
                 f"{checkpoint} was trained with {option} {held}, not {given}; leave {option} out to go on, or start a "
                 "new run"
             )
-    cache = settings.cache or Path(recorded["cache"])
+    cache = settings.cache or parse_place(recorded["cache"])
     identity = Cache(cache).manifest.identity_digest
     if identity != recorded["identity"]:
         raise MismatchError(
             f"{checkpoint} was trained from cache {recorded['identity'][:8]}, {cache} is {identity[:8]}; "
             f"name the first one: --cache {recorded['cache']}"
+        )
+    window = _recorded_window(recorded, record, cache)
+    if settings.shuffle_window is not None and settings.shuffle_window != window:
+        raise MismatchError(
+            f"{checkpoint} was trained with --shuffle-window {window}, not {settings.shuffle_window}; leave it out to "
+            "go on, or start a new run"
         )
     resumed = TrainSettings(
         student=str(checkpoint),
@@ -355,6 +386,8 @@ def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSetti
         verify_pixels=settings.verify_pixels,
         views=views[0],
         plain_views=views[1],
+        fetch_limit=settings.fetch_limit,
+        shuffle_window=window,
         threads=settings.threads,
         trust_student=settings.trust_student,
         imports=settings.imports,
@@ -386,6 +419,17 @@ def _recorded_views(recorded: dict[str, Any], path: Path) -> tuple[int, int]:
     except SettingError as error:
         raise MismatchError(f"{path} is not the record of a run: {error}; start a new run") from None
     return kinds.count("mixed"), kinds.count("plain")
+
+
+def _recorded_window(recorded: dict[str, Any], path: Path, cache: Place) -> int:
+    """Return the shards within which a run shuffles: another limit of local copies must not change its order."""
+    window = recorded.get("shuffle_window")
+    if window is None:
+        manifest = Cache(cache).manifest
+        return -(-manifest.num_images // manifest.shard_size)
+    if type(window) is not int or window < 1:
+        raise MismatchError(f"{path} is not the record of a run: shuffle_window is {window!r}; start a new run")
+    return window
 
 
 def _balances(recorded: list[str], share: float) -> bool:

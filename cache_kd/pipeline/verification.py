@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_kd.cache.store import Place
 from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import SettingError
 from cache_kd.pipeline.live_teacher import live_teacher
@@ -104,7 +105,7 @@ class Verification:
 
 
 def verify(
-    path: Path,
+    path: Place,
     *,
     pixels: bool = False,
     teacher: Path | None = None,

@@ -5,23 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from cache_kd.errors import AlarmError, MismatchError, in_own_words
 from cache_kd.structures import View
+from cache_kd.student.order import ShuffleWindow, epoch_order
 from cache_kd.student.schedule import ViewSchedule
 
 
 class ViewSampler(Sampler[tuple[int, View, int]]):
-    """Yields (epoch, view, index); the order is a function of (seed, epoch) alone, `set_epoch` is the only state.
+    """Yields (epoch, view, index); the order is a function of (seed, epoch), `set_epoch` is the only state.
 
     With `world` ranks each takes every `world`-th entry of one common permutation, padded from its start so that all
     ranks have equally many.
     """
 
-    def __init__(self, size: int, schedule: ViewSchedule, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.size, self.schedule, self.seed = size, schedule, seed
+    def __init__(
+        self,
+        size: int,
+        schedule: ViewSchedule,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        window: ShuffleWindow | None = None,
+    ) -> None:
+        self.size, self.schedule, self.seed, self.window = size, schedule, seed, window
         self.rank, self.world, self.epoch = rank, world, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -33,8 +42,7 @@ class ViewSampler(Sampler[tuple[int, View, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, View, int]]:
         epoch, view = self.epoch, self.schedule.view(self.epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = epoch_order(self.size, seed=self.seed, epoch=epoch, window=self.window)
         order += order[: len(self) * self.world - self.size]
         for index in order[self.rank :: self.world]:
             yield epoch, view, index

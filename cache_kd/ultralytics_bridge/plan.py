@@ -10,6 +10,7 @@ import torch
 
 from cache_kd.losses import LossSpec
 from cache_kd.structures import FrozenHead, HeadSpec, TargetBatch, View
+from cache_kd.student.order import ShuffleWindow
 from cache_kd.ultralytics_bridge.first_batch import TeacherBoxes
 from cache_kd.ultralytics_bridge.packed import PackedViews
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
@@ -30,6 +31,7 @@ class DistillPlan:
         packed: the views that the cache keeps itself, which replace images; None where it keeps none.
         record: what `cache_kd.yaml` in the run's folder says; a resumed run must agree with it.
         boxes: the teacher's boxes of a view, for the picture of the first batch; None where the cache has no logits.
+        window: the shards within which images are shuffled; None shuffles over all.
     """
 
     losses: tuple[LossSpec, ...]
@@ -45,3 +47,4 @@ class DistillPlan:
     packed: PackedViews | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     boxes: TeacherBoxes | None = None
+    window: ShuffleWindow | None = None

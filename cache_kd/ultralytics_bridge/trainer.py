@@ -104,7 +104,14 @@ class DistillTrainer(DetectionTrainer):
         return training_loader(
             self.plan,
             dataset,
-            ViewSampler(len(dataset), self._schedule(), seed=self.args.seed, rank=max(RANK, 0), world=self._world),
+            ViewSampler(
+                len(dataset),
+                self._schedule(),
+                seed=self.args.seed,
+                rank=max(RANK, 0),
+                world=self._world,
+                window=self.plan.window,
+            ),
             batch_size=batch_size,
             workers=self.args.workers,
             processes=self._world,

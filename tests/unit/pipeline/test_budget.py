@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cache_kd.errors import DiskSpaceError, SettingError
 from cache_kd.pipeline.budget import MARGIN, ViewBytes, choose
-from cache_kd.pipeline.sizes import duration, megabytes, parse_size
+from cache_kd.config import parse_size
+from cache_kd.pipeline.sizes import duration, megabytes
 
 SIZES = {
     name: ViewBytes(size, size) for name, size in (("safe", 20.0), ("default", 10.0), ("small", 8.0), ("tiny", 5.0))
