@@ -47,7 +47,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourceImage:
     """One image of the data set: path below the set's common folder, bytes, content hashes of image and label."""
 

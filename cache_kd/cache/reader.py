@@ -24,7 +24,7 @@ from cache_kd.structures import View
 MAX_OPEN = 64
 MAX_BLOCK_BYTES = 64 * 2**20
 MAX_LISTED = 200_000
-"""Shard files, about 400 bytes each, whose lists are kept at a time; the list of one view is kept however long."""
+"""Shard files, about 700 bytes each, whose lists are kept at a time; the list of one view is kept however long."""
 _METADATA_BYTES = 2**16
 
 

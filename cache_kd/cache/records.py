@@ -19,7 +19,7 @@ _KEYS = {"path": str, "bytes": int, "sha256": str, "tail": str}
 _SHAPES = {"sha256": re.compile(r"[0-9a-f]{64}"), "tail": re.compile(r"[0-9a-f]{8}")}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FileEntry:
     """One shard file: path in the cache, bytes, sha256 of all of it, crc32c of its end (see `tail_checksum`)."""
 
