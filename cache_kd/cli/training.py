@@ -42,6 +42,7 @@ def train(settings: tuple[str, ...], student: str | None, **options: Any) -> Non
     \b
     cache-kd train --student yolov8n.yaml
     cache-kd train --student yolov8n.yaml --loss cwd --loss ld:weight=2 epochs=50 batch=32
+    cache-kd train --student yolov8n.yaml batch=64 device=0,1
     cache-kd train resume=runs/detect/train/weights/last.pt
     """
     from cache_kd.config import parse_pairs, parse_size
