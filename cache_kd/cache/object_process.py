@@ -17,6 +17,8 @@ from cache_kd.errors import CacheKDError, SettingError
 
 RETRY = "CACHE_KD_RETRY_SECONDS"
 RETRY_SECONDS = 180.0
+PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
+"""Environment variables of object stores: credentials, regions, endpoints."""
 
 
 def retry_seconds() -> float:
@@ -39,12 +41,14 @@ class ObjectProcess:
         self._connections: dict[tuple[int, int], Connection[Any, Any]] = {}
         os.register_at_fork(after_in_child=self._after_fork)
 
-    def ask(self, name: str, arguments: Sequence[Any]) -> tuple[str, Any]:
+    def ask(self, name: str, url: str, arguments: Sequence[Any]) -> tuple[str, Any]:
         """Return (status, answer) of a request; a server that died is replaced once."""
+        environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES)))
+        request = (name, ((url, environment, retry_seconds()), *arguments))
         for again in (True, False):
             connection = self._connection()
             try:
-                connection.send((name, arguments))
+                connection.send(request)
                 status, answer = connection.recv()
                 return str(status), answer
             except (EOFError, OSError) as error:
@@ -81,7 +85,7 @@ class ObjectProcess:
     def _start(self) -> str:
         folder = tempfile.mkdtemp(prefix="cache-kd-objects-")  # readable by its owner alone; the server deletes it
         address = str(Path(folder, "socket"))
-        told = {"address": address, "parent": os.getpid(), "retry_seconds": retry_seconds()}
+        told = {"address": address, "parent": os.getpid()}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cache_kd.cache.object_server"],
             stdin=subprocess.PIPE,
@@ -93,11 +97,22 @@ class ObjectProcess:
         self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.close()
         said = self._process.stdout.readline().strip()
+        self._process.stdout.close()
         if said == "absent":
             raise CacheKDError("caches in object stores need the package obstore: pip install 'cache-kd[remote]'")
         if said != "ready":
             raise CacheKDError(f"the process that talks to object stores did not start ({said or 'it said nothing'})")
         return address
+
+    def close(self) -> None:
+        """End the process; the next request starts another."""
+        with self._lock:
+            for connection in self._connections.values():
+                connection.close()
+            self._connections, self._address = {}, None
+            if self._process is not None:
+                self._process.terminate()
+                self._process.wait()
 
     def _drop(self, connection: Connection[Any, Any]) -> None:
         with self._lock:

@@ -20,11 +20,16 @@ from typing import Any, final
 from urllib.parse import urlsplit
 
 from cache_kd.cache.fetched import FetchFolder
+from cache_kd.cache.object_process import PREFIXES
 from cache_kd.errors import CacheKDError, DamagedCacheError, DiskSpaceError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 METADATA_SERVER = "169.254.169.254"
+Environment = tuple[tuple[str, str], ...]
+Reach = tuple[str, Environment, float]
+"""A URL, the variables with `PREFIXES` by which it is reached, and the seconds for which a request is repeated."""
+
 _CHUNK = 4 * 2**20
 
 
@@ -38,57 +43,56 @@ class Unreachable(Exception):
 
 @final
 class ObjectServer:
-    """Does what it is asked with one object store a URL; safe for several threads."""
+    """Does what it is asked with one object store a `Reach`; safe for several threads."""
 
-    def __init__(self, retry_seconds: float) -> None:
-        self._retry = retry_seconds
-        self._stores: dict[str, Any] = {}
+    def __init__(self) -> None:
+        self._stores: dict[Reach, Any] = {}
         self._folders: dict[tuple[str, int], FetchFolder] = {}
         self._lock = threading.Lock()
 
-    def get(self, url: str, key: str, limit: int) -> bytes | int | None:
+    def get(self, reach: Reach, key: str, limit: int) -> bytes | int | None:
         """Return the content of an object; its bytes where that are more than `limit`; None if there is none."""
         import obstore
 
         try:
             with told_apart():
-                found = obstore.get(self._store(url), key)
+                found = obstore.get(self._store(reach), key)
                 size = int(found.meta["size"])
                 return bytes(found.bytes()) if size <= limit else size
         except FileNotFoundError:
             return None
 
-    def head(self, url: str, key: str) -> tuple[int, float] | None:
+    def head(self, reach: Reach, key: str) -> tuple[int, float] | None:
         """Return the bytes of an object and the seconds since 1970 of its last change; None if there is none."""
         import obstore
 
         try:
             with told_apart():
-                found = obstore.head(self._store(url), key)
+                found = obstore.head(self._store(reach), key)
                 return int(found["size"]), found["last_modified"].timestamp()
         except FileNotFoundError:
             return None
 
-    def put(self, url: str, key: str, content: bytes, create: bool) -> bool:
+    def put(self, reach: Reach, key: str, content: bytes, create: bool) -> bool:
         """Write an object, with `create` only a new one; returns whether it was written."""
         import obstore
 
-        store = self._store(url)
+        store = self._store(reach)
         try:
             with told_apart():
                 obstore.put(store, key, content, mode="create" if create else "overwrite", use_multipart=False)
         except obstore.exceptions.AlreadyExistsError:
             # A lost answer is asked for again: the object that is there may be the one just written.
-            return _own(content) and self.get(url, key, len(content)) == content
+            return _own(content) and self.get(reach, key, len(content)) == content
         except FileNotFoundError as error:
             raise Unreachable("bucket", _short(error)) from error
         return True
 
-    def creates(self, url: str) -> bool:
+    def creates(self, reach: Reach) -> bool:
         """Return whether the store honours create-only writes, by trying twice with a probe that is deleted again."""
         import obstore
 
-        store, key = self._store(url), f".tmp-probe-{os.urandom(8).hex()}"
+        store, key = self._store(reach), f".tmp-probe-{os.urandom(8).hex()}"
         try:
             with told_apart():
                 obstore.put(store, key, b"1", mode="create", use_multipart=False)
@@ -100,43 +104,43 @@ class ObjectServer:
         except FileNotFoundError as error:
             raise Unreachable("bucket", _short(error)) from error
         finally:
-            self.delete(url, [key])
+            self.delete(reach, [key])
         return False
 
-    def delete(self, url: str, keys: list[str]) -> None:
+    def delete(self, reach: Reach, keys: list[str]) -> None:
         """Delete objects; there may be none of these names."""
         import obstore
 
         try:
             with told_apart():
-                obstore.delete(self._store(url), keys)
+                obstore.delete(self._store(reach), keys)
         except FileNotFoundError:
             return
 
-    def files(self, url: str, below: str) -> list[tuple[str, int]]:
+    def files(self, reach: Reach, below: str) -> list[tuple[str, int]]:
         """Return (key, bytes) of every object below a prefix, by name."""
         import obstore
 
         try:
             with told_apart():
-                pages = obstore.list(self._store(url), prefix=below or None)
+                pages = obstore.list(self._store(reach), prefix=below or None)
                 return sorted((str(item["path"]), int(item["size"])) for page in pages for item in page)
         except FileNotFoundError as error:
             raise Unreachable("bucket", _short(error)) from error
 
-    def entries(self, url: str) -> list[str]:
+    def entries(self, reach: Reach) -> list[str]:
         """Return the names of objects and folders directly below the URL, by name."""
         import obstore
 
         try:
             with told_apart():
-                found = obstore.list_with_delimiter(self._store(url))
+                found = obstore.list_with_delimiter(self._store(reach))
         except FileNotFoundError as error:
             raise Unreachable("bucket", _short(error)) from error
         names = [str(prefix).rstrip("/") for prefix in found["common_prefixes"]]
         return sorted({name.rsplit("/", 1)[-1] for name in [*names, *(str(item["path"]) for item in found["objects"])]})
 
-    def fetch(self, url: str, key: str, size: int, digest: str, folder: str, limit: int) -> str:
+    def fetch(self, reach: Reach, key: str, size: int, digest: str, folder: str, limit: int) -> str:
         """Return the path of a local copy of an object that has these bytes and this sha256, made unless it is there.
 
         Raises:
@@ -144,15 +148,15 @@ class ObjectServer:
         """
         with self._lock:
             local = self._folders.setdefault((folder, limit), FetchFolder(folder, limit))
-        return local.fetch(digest, size, lambda write: self._download(url, key, size, digest, write))
+        return local.fetch(digest, size, lambda write: self._download(reach, key, size, digest, write))
 
-    def _download(self, url: str, key: str, size: int, digest: str, write: Callable[[bytes], Any]) -> None:
+    def _download(self, reach: Reach, key: str, size: int, digest: str, write: Callable[[bytes], Any]) -> None:
         import obstore
 
         hashed, seen = hashlib.sha256(), 0
         try:
             with told_apart():
-                found = obstore.get(self._store(url), key)
+                found = obstore.get(self._store(reach), key)
                 if (there := int(found.meta["size"])) != size:
                     raise DamagedCacheError(f"the object has {there} bytes, shards.json says {size}")
                 for part in found.stream(min_chunk_size=_CHUNK):
@@ -165,11 +169,11 @@ class ObjectServer:
         if seen != size or hashed.hexdigest() != digest:
             raise DamagedCacheError("the object's sha256 is not the one in shards.json: it was changed or is another")
 
-    def _store(self, url: str) -> Any:
+    def _store(self, reach: Reach) -> Any:
         with self._lock:
-            if url not in self._stores:
-                self._stores[url] = connect(url, self._retry)
-            return self._stores[url]
+            if reach not in self._stores:
+                self._stores[reach] = connect(*reach)
+            return self._stores[reach]
 
 
 def _own(content: bytes) -> bool:
@@ -177,10 +181,13 @@ def _own(content: bytes) -> bool:
     return b'"seconds"' in content
 
 
-def connect(url: str, retry_seconds: float) -> Any:
-    """Return obstore's store of a URL; credentials, region and endpoint come from the environment."""
+def connect(url: str, environment: Environment, retry_seconds: float) -> Any:
+    """Return obstore's store of a URL; credentials, region and endpoint are those of the environment that asks."""
     from obstore.store import from_url
 
+    for name in [name for name in os.environ if name.startswith(PREFIXES)]:
+        del os.environ[name]
+    os.environ.update(environment)
     allowed = any(urlsplit(os.environ.get(name, "")).hostname in LOOPBACK for name in ENDPOINTS)
     options: Any = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=10)}
     if allowed or urlsplit(url).scheme == "http":
@@ -188,12 +195,14 @@ def connect(url: str, retry_seconds: float) -> Any:
     backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2}
     retry: Any = {"max_retries": 10_000, "retry_timeout": timedelta(seconds=retry_seconds), "backoff": backoff}
     config: Any = None
-    if (endpoint := os.environ.get(ENDPOINTS[1])) and url.startswith("s3://"):
-        config = {"endpoint": endpoint}  # the one name of the AWS tools that obstore does not know
+    if url.startswith("s3://"):
+        config = {"disable_bulk_delete": True}  # not all servers know it, and few objects are ever deleted
+        if endpoint := os.environ.get(ENDPOINTS[1]):  # the one name of the AWS tools that obstore does not know
+            config["endpoint"] = endpoint
     try:
         return from_url(url, client_options=options, retry_config=retry, config=config)
     except Exception as error:  # of many kinds; each says what of the address or the environment cannot be
-        raise Unreachable("other", _short(error)) from error
+        raise Unreachable("credentials", _short(error)) from error
 
 
 class told_apart:
@@ -275,7 +284,7 @@ def main() -> None:
     except ImportError:
         sys.stdout.write("absent\n")
         return
-    serve(told["address"], ObjectServer(float(told["retry_seconds"])))
+    serve(told["address"], ObjectServer())
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class ObjectStore:
         self._listed.pop("/".join(relative.split("/")[:4]), None)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        status, answer = OBJECTS.ask(name, (self._url, *arguments))
+        status, answer = OBJECTS.ask(name, self._url, arguments)
         if status == "ok":
             return answer
         if status == "damaged":
