@@ -89,7 +89,8 @@ def verify(cache: Any, as_json: bool, repair: bool, jobs: int | None, **options:
             cache,
             jobs=jobs or min(8, cpu_threads()),
             say=lambda line: click.echo(line, err=as_json),
-            progress=None if as_json else Progress("checks"),
+            reading=None if as_json else Progress("MB", each=1_000_000),
+            progress=None if as_json else Progress("units" if repair else "views"),
             **options,
         )
     if as_json:

@@ -33,14 +33,20 @@ CACHE = CachePlace()
 
 
 class Progress:
-    """Shows (done, total) as a bar on a terminal, as plain lines with rate and ETA elsewhere."""
+    """Shows (done, total) as a bar on a terminal, as plain lines with rate and ETA elsewhere.
 
-    def __init__(self, unit: str) -> None:
-        self.unit, self.started, self._last = unit, time.monotonic(), 0.0
+    Args:
+        unit: what is shown, as "views". each: how many of what is counted make one of it.
+    """
+
+    def __init__(self, unit: str, *, each: int = 1) -> None:
+        self.unit, self.each, self.started, self._last = unit, each, time.monotonic(), 0.0
         self._bar: Any = None
         self._shown = 0
 
     def __call__(self, done: int, total: int) -> None:
+        whole = -(-total // self.each)
+        done, total = whole if done >= total else done // self.each, whole
         if sys.stdout.isatty():
             if self._bar is None:
                 self._bar = click.progressbar(length=total, show_pos=True, show_eta=True, label=self.unit)

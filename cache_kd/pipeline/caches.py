@@ -115,7 +115,8 @@ def table(caches: Sequence[Listed], folder: Place | None, *, now: float | None =
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = megabytes(sum(cache.bytes for cache in caches))
-    return "\n".join([*lines, f"{len(caches)} caches in {place}, {total}; delete one: cache-kd rm CACHE"])
+    count = "1 cache" if len(caches) == 1 else f"{len(caches)} caches"
+    return "\n".join([*lines, f"{count} in {place}, {total}; delete one: cache-kd rm CACHE"])
 
 
 def _state(path: str) -> str:

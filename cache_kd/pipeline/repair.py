@@ -36,6 +36,7 @@ def repair(
     imports: tuple[Path, ...] = (),
     jobs: int = 1,
     say: Callable[[str], None],
+    reading: Callable[[int, int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Put back what is damaged in the cache at `path` and return what a verification finds afterwards.
@@ -54,7 +55,7 @@ def repair(
             "makes their units anew"
         )
     with CacheRepair(path) as cache:
-        report = verify_cache(path, jobs=jobs, progress=progress)
+        report = verify_cache(path, jobs=jobs, progress=reading)
         if report.ok:
             say(f"{path}: nothing to repair")
             return Verification(report)

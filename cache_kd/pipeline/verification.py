@@ -116,18 +116,19 @@ def verify(
     fraction: float = 1.0,
     seed: int = 0,
     say: Callable[[str], None],
+    reading: Callable[[int, int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check a cache's bytes; with `pixels` every view's hash; with `teacher` the targets of `sample` items.
 
-    `jobs`, `fraction` and `seed` as in `verify_cache`.
+    `jobs`, `fraction` and `seed` as in `verify_cache`; `reading` is told bytes, `progress` views that were made again.
 
     Raises:
         CacheKDError: There is no complete cache, or data set or teacher are not the ones it was made from.
     """
     if sample < 1:
         raise SettingError(f"--sample {sample}; allowed: 1 or more")
-    report = verify_cache(path, jobs=jobs, fraction=fraction, seed=seed, progress=progress)
+    report = verify_cache(path, jobs=jobs, fraction=fraction, seed=seed, progress=reading)
     checked = 0
     pixel_faults: list[str] = []
     targets = _Targets()

@@ -123,6 +123,11 @@ def test_commands_say_their_result_in_words(few_cache: Path, name: str, says: st
     assert says in CliRunner().invoke(main, [name, str(few_cache)]).stdout
 
 
+def test_verify_counts_what_it_reads_in_megabytes_and_views_one_by_one(few_cache: Path) -> None:
+    lines = CliRunner().invoke(main, ["verify", str(few_cache), "--pixels"]).stdout.splitlines()
+    assert [line.partition(",")[0] for line in lines if "/s, 0 s left" in line] == ["1/1 MB", "36/36 views"]
+
+
 def test_losses_prints_a_table() -> None:
     text = CliRunner().invoke(main, ["losses"]).stdout
     assert all(name in text for name in LOSSES)
