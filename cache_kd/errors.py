@@ -44,6 +44,10 @@ class DiskSpaceError(CacheKDError, OSError):
         return Exception.__str__(self)
 
 
+class UnitsError(CacheKDError, RuntimeError):
+    """Some units of an extraction could not be made; the others are committed."""
+
+
 class RecipeError(SettingError):
     """A recipe cannot be run; `faults` says everything that is wrong with it, one line each, with file and line."""
 

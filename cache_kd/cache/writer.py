@@ -168,6 +168,11 @@ class CacheWriter:
         content = Plan(self.begun, tuple(sorted({*views, *self._earlier_views()})), manifest, parts).content()
         self._publish(creation.PLAN, content)
 
+    @property
+    def under_way(self) -> list[tuple[View, int]]:
+        """The units that were begun here and are not done, the first one first."""
+        return list(self._attempt)
+
     def begin_unit(self, view: View, shard: int) -> bool:
         """Count an attempt at a unit; returns False if there is none left."""
         number = self.attempts.begin(view, shard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -189,7 +188,7 @@ def _main(maker: Maker, pipe: Connection) -> None:
     try:
         serve(maker(), _Pipe(pipe))
     except (_Stopped, EOFError, BrokenPipeError, ConnectionResetError):  # told to end, or the driver is gone
-        os._exit(0)
+        return
     except CacheKDError as error:
         pipe.send(("raise", error))
     except Exception as error:  # whatever it is ends this process alone, and the driver learns of it

@@ -13,6 +13,7 @@ from cache_kd.config import parse_size
 from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import extract as run_extraction
 from cache_kd.pipeline.opened import Cache, open_cache
+from cache_kd.pipeline.parts import Part
 from cache_kd.pipeline.recipes.execution import run_recipe_file
 from cache_kd.pipeline.recipes.results import RecipeResult
 from cache_kd.pipeline.training import Trained, TrainSettings
@@ -23,13 +24,14 @@ LOG = logging.getLogger(__name__)
 _EXTRACT_OPTIONS = frozenset(ExtractSettings.__dataclass_fields__)
 
 
-def extract(teacher: str | Path, **options: Any) -> Cache:
-    """Run the teacher over the views of its data set and return the cache.
+def extract(teacher: str | Path, **options: Any) -> Cache | None:
+    """Run the teacher over the views of its data set and return the cache; None while other parts are missing.
 
     Args:
         teacher: Checkpoint.
         options: Fields of `ExtractSettings` (data, cache, views, plain_views, imgsz, batch, device, workers, seed,
-            store, fidelity, budget, precision, …); any other name is an augmentation key of Ultralytics.
+            store, fidelity, budget, precision, part="3/16", processes, …); any other name is an augmentation key of
+            Ultralytics. With `processes` a script needs `if __name__ == "__main__":`, as they import it again.
 
     Raises:
         CacheKDError: One line about what is wrong.
@@ -42,9 +44,12 @@ def extract(teacher: str | Path, **options: Any) -> Cache:
     for name in ("store", "taps", "imports"):
         if name in own:
             own[name] = tuple(own[name])
+    if isinstance(own.get("part"), str):
+        own["part"] = Part.parse(own["part"])
     if isinstance(own.get("budget"), str):
         own["budget"] = parse_size(own["budget"], "budget")
-    return Cache(run_extraction(ExtractSettings(Path(teacher), augment=augment, **own)).path)
+    done = run_extraction(ExtractSettings(Path(teacher), augment=augment, **own))
+    return Cache(done.path) if done.manifest is not None else None
 
 
 def train(

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from cache_kd.cache.store import Place
 from cache_kd.errors import InputDataError, SettingError, choices
+from cache_kd.pipeline.parts import Part
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import find_data_file
@@ -25,9 +27,12 @@ RANGES = {
     "batch": (1, 4096),
     "workers": (0, 256),
     "seed": (-(2**63), 2**63 - 1),
+    "processes": (1, 1024),
+    "threads": (1, 1024),
 }
 """What whole numbers may be; the upper ends keep a slip of the finger from filling the memory."""
 MAX_IMGSZ = 8192
+ENGINES = ("local", "ray")
 DEFAULT_FIDELITY = "default"
 
 
@@ -37,16 +42,20 @@ class ExtractSettings:
 
     Attributes:
         views, plain_views: K mixed and P plain views. batch: views a forward pass. workers: loader processes.
-        device: torch device; None takes the first GPU, else the CPU. augment: augmentation keys that override.
+        device: torch device, or several with commas; None takes the first GPU, else the CPU.
+        augment: augmentation keys that override.
         taps: layers whose maps are kept beside those that the head sees. pack: none, jpeg[:quality] or png: whether
             the views themselves are kept, and how.
         fidelity: None takes `DEFAULT_FIDELITY`, or what the budget allows. budget: bytes that the cache may take; the
             number of mixed views is then at most `views`.
+        part: which part of the units is made here, others elsewhere; None: all of them. processes: that make units,
+            None: one a device. threads: of torch in each; None: the cores, shared out. engine: this machine, or a Ray
+            cluster at `address`. retry: units that were given up are tried again.
     """
 
     teacher: Path
     data: Path | None = None
-    cache: Path | None = None
+    cache: Place | None = None
     views: int = 8
     plain_views: int = 1
     imgsz: int | None = None
@@ -64,6 +73,12 @@ class ExtractSettings:
     allow_download: bool = False
     augment: Mapping[str, Any] | None = None
     budget: int | None = None
+    part: Part | None = None
+    processes: int | None = None
+    threads: int | None = None
+    engine: str = "local"
+    address: str | None = None
+    retry: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -75,8 +90,30 @@ class ExtractSettings:
             if len({*names}) != len(names):
                 raise SettingError(f"{option} {','.join(names)} names {what} twice; name each once")
         parse_packing(self.pack)
+        self._check_engine()
         if self.views + self.plain_views == 0:
             raise SettingError("--views 0 --plain-views 0 leaves nothing to extract; allowed: at least one view")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise SettingError(f"--engine {self.engine!r}; {choices(self.engine, ENGINES)}")
+        if self.engine == "ray" and self.part is not None:
+            raise SettingError(f"--part {self.part} with --engine ray: Ray gives out all units; leave one of them out")
+        if self.engine == "ray" and len(self.devices) > 1:
+            raise SettingError(f"--device {self.device} with --engine ray: Ray gives each worker its GPU; leave it out")
+        if self.engine != "ray" and self.address is not None:
+            raise SettingError(f"--address {self.address} is that of a Ray cluster; add --engine ray")
+        if len({*self.devices}) != len(self.devices):
+            raise SettingError(f"--device {self.device} names a device twice; more on one device: --processes")
+        if self.processes is not None and self.processes < len(self.devices):
+            raise SettingError(
+                f"--processes {self.processes} for {len(self.devices)} devices; allowed: {len(self.devices)} or more"
+            )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that were named; none: the default one."""
+        return tuple(part for part in (self.device or "").split(",") if part)
 
     @property
     def view_list(self) -> list[View]:
@@ -126,9 +163,9 @@ def device_of(name: str) -> str:
     return str(device)
 
 
-def loader_workers(settings: ExtractSettings) -> int:
-    """Return how many processes make views."""
+def loader_workers(settings: ExtractSettings, processes: int = 1) -> int:
+    """Return how many processes make views for each of so many that run the teacher."""
     if settings.workers is not None:
         return settings.workers
     # On the CPU the forward pass takes every core, and a worker would only contend for them.
-    return min(8, cpu_threads()) if torch.cuda.is_available() else 0
+    return max(1, min(8, cpu_threads() // processes)) if torch.cuda.is_available() else 0

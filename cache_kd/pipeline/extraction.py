@@ -19,12 +19,14 @@ from cache_kd.cache.layout import shard_size
 from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.places import open_store
 from cache_kd.cache.reader import CacheReader
+from cache_kd.cache.store import Place
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.codecs import FIDELITIES, ViewCodec
 from cache_kd.errors import CacheKDError, DiskSpaceError, MismatchError
 from cache_kd.fingerprint import OtherIdentityError, SourceImage, canonical_json
 from cache_kd.pipeline.budget import MARGIN, Choice, ViewBytes, choose
 from cache_kd.pipeline.contents import stored_columns
+from cache_kd.pipeline.crew import crew_of, run_units
 from cache_kd.pipeline.default_losses import arrays_read
 from cache_kd.pipeline.extract_settings import (
     DEFAULT_FIDELITY,
@@ -39,10 +41,11 @@ from cache_kd.pipeline.identity import cache_identity, codec_record, teacher_ide
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.packed import packed_arrays
 from cache_kd.pipeline.probe import ITEMS, MOST_ITEMS, Probed, probe, torch_threads
+from cache_kd.pipeline.quarantine import Quarantine
 from cache_kd.pipeline.sizes import megabytes
 from cache_kd.pipeline.versions import cpu_threads, environment
 from cache_kd.structures import KINDS, Column, View
-from cache_kd.teacher.extract import Unit, extract_units, open_units
+from cache_kd.teacher.extract import Unit, all_units, open_units
 from cache_kd.ultralytics_bridge.data import load_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.gate import import_user_modules
@@ -59,13 +62,18 @@ PROBE_ITEMS = 16
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extraction leaves: the cache's folder, manifest and bytes; items done in this run and their seconds."""
+    """What an extraction leaves: the cache's place, manifest and bytes; items done in this run and their seconds.
 
-    path: Path
-    manifest: Manifest
+    Attributes:
+        manifest: None where units of other parts are missing; missing: how many.
+    """
+
+    path: Place
+    manifest: Manifest | None
     num_bytes: int
     items: int
     seconds: float
+    missing: int = 0
 
 
 def extract(
@@ -80,42 +88,61 @@ def extract(
         say: Takes a line for the user. progress: Takes (items done, items in all) after each batch.
 
     Raises:
+        UnitsError: Some units failed again and again; the others are committed.
         CacheKDError: One line about what is wrong; nothing half-written is left behind.
     """
     job = prepare(settings, say)
-    views = job.settings.view_list
-    with job.writer, nothing_left(job.path, job.made):
-        units = open_units(job.writer, views)
+    settings = job.settings
+    with job.writer, nothing_left(job.path, () if settings.part else job.made):
+        units = all_units(job.writer, settings.view_list)
+        mine = settings.part.of(units) if settings.part else units
+        todo = open_units(job.writer, mine)
         started = time.perf_counter()
-        items = sum(len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units)
-        if units:
-            _check_disk(_forecast(job, units), job.path, say)
-            with torch_threads(cpu_threads()):
-                _run(job, units, items, progress)
-        else:
-            say(f"{job.path}: every view is there already; more of them: --views {job.settings.views * 2 or 8}")
-        manifest = job.writer.finish(views, _manifest_fields(job))
+        items = 0
+        if todo:
+            job.writer.plan(settings.view_list, _manifest_fields(job), settings.part.count if settings.part else 1)
+            items = _run(job, todo, say, progress)
+        elif settings.part is None:
+            say(f"{job.path}: every view is there already; more of them: --views {settings.views * 2 or 8}")
+        missing = len({(unit.view, unit.shard) for unit in units} - job.writer.recorded())
+        manifest = None if missing else job.writer.finish(settings.view_list, _manifest_fields(job))
     seconds = time.perf_counter() - started
+    if manifest is None:
+        say(
+            f"part {settings.part} of {job.path} is done; {missing} of {len(units)} units are other parts' and open yet"
+        )
+        return Extracted(job.path, None, 0, items, seconds, missing)
     return Extracted(job.path, manifest, CacheReader(job.path).num_bytes, items, seconds)
 
 
 @contextmanager
-def nothing_left(path: Path, made: Sequence[Path]) -> Iterator[None]:
-    """Remove a cache's folder, and those made for it, when its first extraction ends before the first unit."""
+def nothing_left(path: Place, made: Sequence[Place]) -> Iterator[None]:
+    """Remove a cache's files, and the folders made for it, when its first extraction ends before the first unit."""
     try:
         yield
     except (CacheKDError, KeyboardInterrupt):
-        if path in made and not any(path.glob("units/**/*.json")):
-            discard(open_store(path))
-            remove_empty(made[1:])
+        with suppress(CacheKDError):  # a store that is out of reach: the next extraction goes on with what is there
+            store = open_store(path)
+            begun = (name for below in ("units", "attempts") for name, _ in store.files(below))
+            if path in made and not any(name.endswith(".json") for name in begun):
+                discard(store)
+                remove_empty(made[1:])
         raise
 
 
-def remove_empty(folders: Sequence[Path]) -> None:
+def to_be_made(path: Place) -> tuple[Place, ...]:
+    """Return the place of a cache and the folders around it that are not there yet, the innermost first."""
+    if isinstance(path, Path):
+        return tuple(folder for folder in (path, *path.parents) if not folder.exists())
+    return (path,) if open_store(path).entries() is None else ()
+
+
+def remove_empty(folders: Sequence[Place]) -> None:
     """Remove these nested folders, the innermost first, up to one that holds something."""
     with suppress(OSError):
         for folder in folders:
-            folder.rmdir()
+            if isinstance(folder, Path):
+                folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -150,8 +177,8 @@ class Plan:
             precision=self.settings.precision,
         )
 
-    def path(self, codec: ViewCodec) -> Path:
-        """Return the folder of that cache; raises `MismatchError` for one inside the data set."""
+    def path(self, codec: ViewCodec) -> Place:
+        """Return the place of that cache; raises `MismatchError` for one inside the data set."""
         path = self.settings.cache or default_cache_path(self.name, self.identity(codec))
         _check_place(path, self.dataset)
         return path
@@ -201,12 +228,13 @@ def make_plan(settings: ExtractSettings, say: Callable[[str], None]) -> Plan:
     data_file = data_file_of(settings, recorded)
     data = load_data(data_file, allow_download=settings.allow_download)
     recipe, imgsz = recipe_of(settings, recorded)
-    device = settings.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    named = settings.devices or ("cuda:0" if torch.cuda.is_available() else "cpu",)
+    device, *_ = [device_of(name) for name in named]
     teacher_parts = teacher_identity(checkpoint)  # before it is turned to another precision or device
     teacher = Teacher(
         checkpoint,
         imgsz=imgsz,
-        device=device_of(device),
+        device=device,
         precision=settings.precision,
         store=settings.store,
         taps=settings.taps,
@@ -253,9 +281,9 @@ class Job:
     settings: ExtractSettings
     codec: ViewCodec
     writer: CacheWriter
-    path: Path
+    path: Place
     environment: dict[str, Any]
-    made: tuple[Path, ...]
+    made: tuple[Place, ...]
     probed: Probed | None = None
 
     @property
@@ -283,7 +311,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         settings = replace(settings, fidelity=choice.fidelity, views=choice.views)
     codec = plan.codec(settings.fidelity or DEFAULT_FIDELITY)
     path = plan.path(codec)
-    made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
+    made = to_be_made(path)
     try:
         writer = CacheWriter.open_or_create(
             path,
@@ -292,41 +320,39 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
             columns=plan.columns(codec),
             num_images=len(plan.dataset),
             teacher_arrays=plan.arrays(),
+            shared=settings.part is not None,
         )
     except OtherIdentityError as error:
         raise with_command(error, path, settings.teacher) from error
     except (CacheKDError, KeyboardInterrupt):
-        if not path.exists():
-            remove_empty(made[1:])
+        remove_empty(made[1:])
         raise
     env = environment(device=plan.device, batch=settings.batch, precision=settings.precision)
     return Job(plan, settings, codec, writer, path, env, made, probed)
 
 
-def _run(job: Job, units: Sequence[Unit], items: int, progress: Callable[[int, int], None] | None) -> None:
-    done = 0
-
-    def count(views: int) -> None:
-        nonlocal done
-        done += views
-        if progress:
-            progress(done, items)
-
-    extract_units(
-        units,
-        dataset=job.dataset,
-        teacher=job.teacher,
-        codec=job.codec,
-        writer=job.writer,
-        batch=job.settings.batch,
-        workers=loader_workers(job.settings),
-        environment={**job.environment, "threads": torch.get_num_threads()},
-        progress=count,
-    )
+def _run(
+    job: Job, todo: Sequence[Unit], say: Callable[[str], None], progress: Callable[[int, int], None] | None
+) -> int:
+    """Make units that are open and return how many items they have; what cannot be made is said at the end."""
+    attempts = Quarantine(job.writer, todo, job.path)
+    if job.settings.retry:
+        attempts.lift()
+    units = attempts.open()
+    items = sum(len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units)
+    if units:
+        crew = crew_of(job.settings, job.plan.device, cpu_threads())
+        with torch_threads(crew.threads):
+            _check_disk(_forecast(job, units, crew.size), job.path, say)
+            if not crew.alone:
+                say(f"{job.path}: {crew}")
+            run_units(job, crew, units, progress)
+    attempts.check()
+    return items
 
 
-def _forecast(job: Job, units: Sequence[Unit]) -> tuple[int, Forecast]:
-    """Return how many views are open and what their units cost, by a sample of their items."""
+def _forecast(job: Job, units: Sequence[Unit], workers: int) -> tuple[int, Forecast]:
+    """Return how many views are open and what their units cost so many workers, by a sample of their items."""
     views = list(dict.fromkeys(unit.view for unit in units))
     name = job.codec.fidelity.name
     probed = job.probed or job.plan.probe({name: job.codec}, views, items=PROBE_ITEMS, most=PROBE_ITEMS)
@@ -340,17 +366,18 @@ def _forecast(job: Job, units: Sequence[Unit]) -> tuple[int, Forecast]:
         workers=loader_workers(job.settings),
         write_rate=write_rate(job.path),
     )
-    return len(views), forecast(probed, name, work, arrays_read(job.codec, job.dataset.packing))
+    found = forecast(probed, name, work, arrays_read(job.codec, job.dataset.packing))
+    return len(views), replace(found, seconds=found.seconds / min(workers, len(units)))
 
 
-def _check_disk(ahead: tuple[int, Forecast], path: Path, say: Callable[[str], None]) -> None:
+def _check_disk(ahead: tuple[int, Forecast], path: Place, say: Callable[[str], None]) -> None:
     (views, forecast), free = ahead, free_bytes(path)
     say(
         f"{path}: {views} views to extract, {forecast.items} items, "
         f"about {megabytes(forecast.bytes)} ({forecast.bytes_per_view / 1e3:.1f} kB a view), "
-        f"{megabytes(free)} free, about {forecast.seconds:.0f} s"
+        f"{'' if free is None else f'{megabytes(free)} free, '}about {forecast.seconds:.0f} s"
     )
-    if forecast.bytes * MARGIN > free:
+    if free is not None and forecast.bytes * MARGIN > free:
         raise DiskSpaceError(
             f"{path} needs about {megabytes(forecast.bytes)} and its disk has {megabytes(free)} free; "
             "choose fewer --views, --fidelity small or tiny, or another --cache"
@@ -380,7 +407,7 @@ def _skipped(dataset: ViewDataset) -> list[str]:
     return cleaned
 
 
-def _check_place(path: Path, dataset: ViewDataset) -> None:
+def _check_place(path: Place, dataset: ViewDataset) -> None:
     for inside in dict.fromkeys(Path(file).parent for file in (*dataset.im_files, *dataset.label_files)):
-        if path.resolve().is_relative_to(inside.resolve()):
+        if isinstance(path, Path) and path.resolve().is_relative_to(inside.resolve()):
             raise MismatchError(f"--cache {path} lies inside the data set's folder {inside}; choose another place")

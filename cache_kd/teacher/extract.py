@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from cache_kd.cache.writer import CacheWriter
-from cache_kd.errors import AlarmError, in_own_words
+from cache_kd.errors import AlarmError, CacheKDError, InputDataError, in_own_words
 from cache_kd.structures import PIXEL_HASH, HeadSpec, SampleTargets, TargetCodec, View, ViewDataset, ViewSample
 from cache_kd.views.seeding import pixel_hash
 
@@ -30,6 +31,10 @@ class TeacherModel(Protocol):
     def __call__(self, views: list[ViewSample], *, batch: int) -> list[SampleTargets]: ...
 
 
+UNIT_FAULTS = (AlarmError, InputDataError)
+"""What a single unit can be to blame for; any other error would end the next unit too."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """The unit of writing, resuming and distributing: one shard of one view."""
@@ -37,36 +42,86 @@ class Unit:
     view: View
     shard: int
 
+    def __str__(self) -> str:
+        return f"{self.view.name} shard {self.shard}"
+
     def indices(self, shard_size: int, num_images: int) -> range:
         """Return the image indices of this unit."""
         return range(self.shard * shard_size, min((self.shard + 1) * shard_size, num_images))
 
 
-def open_units(writer: CacheWriter, views: Sequence[View]) -> list[Unit]:
-    """Return the units of `views` that are not committed yet, in their fixed order."""
-    return [Unit(view, shard) for view in views for shard in writer.units(view) if not writer.done(view, shard)]
+def all_units(writer: CacheWriter, views: Sequence[View]) -> list[Unit]:
+    """Return the units of `views` in their fixed order, the same on every machine."""
+    return [Unit(view, shard) for view in views for shard in writer.units(view)]
 
 
-def view_batches(
-    dataset: ViewDataset, units: Sequence[Unit], *, shard_size: int, batch: int, workers: int
-) -> Iterator[tuple[Unit, bool, list[ViewSample]]]:
-    """Yield (unit, last batch of the unit, views); a batch never straddles two units."""
-    plan: list[tuple[Unit, bool]] = []
-    keys: list[list[tuple[View, int]]] = []
-    for unit in units:
-        indices = unit.indices(shard_size, len(dataset))
-        for start in range(0, len(indices), batch):
-            keys.append([(unit.view, index) for index in indices[start : start + batch]])
-            plan.append((unit, start + batch >= len(indices)))
-    loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # the Protocol names what is used of it; torch wants its own base class
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=list,
-    )
-    with in_own_words():
-        for (unit, last), views in zip(plan, loader, strict=True):
-            yield unit, last, views
+def open_units(writer: CacheWriter, units: Sequence[Unit]) -> list[Unit]:
+    """Return those of `units` that are not committed yet, in their order."""
+    return [Unit(*unit) for unit in writer.unfinished([(unit.view, unit.shard) for unit in units])]
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """Views of one unit that go through the teacher together, or why they could not be made.
+
+    Attributes:
+        turn: counts the units as they were taken; a unit may be taken again. last: of its unit.
+    """
+
+    turn: int
+    unit: Unit
+    last: bool
+    views: list[ViewSample] | InputDataError
+
+
+class ViewBatches:
+    """Yields the batches of `units`, of which a loader makes the views; a batch never straddles two units.
+
+    A unit is taken when the loader has room for its first batch, with `workers` some batches ahead.
+    """
+
+    def __init__(
+        self, dataset: ViewDataset, units: Iterable[Unit], *, shard_size: int, batch: int, workers: int
+    ) -> None:
+        self._dataset, self._units = dataset, units
+        self._size, self._batch, self._workers = shard_size, batch, workers
+        self._asked: deque[tuple[int, Unit, bool]] = deque()
+        self._dropped: set[int] = set()
+
+    def drop(self, turn: int) -> None:
+        """Yield no more of the unit that was taken as number `turn`."""
+        self._dropped.add(turn)
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        loader = iter(
+            DataLoader(
+                self._dataset,  # type: ignore[arg-type]  # torch wants its own base class of what the Protocol names
+                batch_sampler=self._keys(),
+                num_workers=self._workers,
+                collate_fn=list,
+            )
+        )
+        while True:
+            found: list[ViewSample] | InputDataError
+            try:
+                with in_own_words():
+                    found = next(loader)
+            except StopIteration:
+                return
+            except InputDataError as error:
+                found = error
+            turn, unit, last = self._asked.popleft()
+            if turn not in self._dropped:
+                yield ViewBatch(turn, unit, last, found)
+
+    def _keys(self) -> Iterator[list[tuple[View, int]]]:
+        for turn, unit in enumerate(self._units):
+            indices = unit.indices(self._size, len(self._dataset))
+            for start in range(0, len(indices), self._batch):
+                if turn in self._dropped:
+                    break
+                self._asked.append((turn, unit, start + self._batch >= len(indices)))
+                yield [(unit.view, index) for index in indices[start : start + self._batch]]
 
 
 def encode_views(
@@ -98,7 +153,7 @@ def places(dataset: ViewDataset, view: View, first: int) -> Callable[[int], str]
 
 
 def extract_units(
-    units: Sequence[Unit],
+    units: Iterable[Unit],
     *,
     dataset: ViewDataset,
     teacher: TeacherModel,
@@ -107,28 +162,46 @@ def extract_units(
     batch: int,
     workers: int,
     environment: dict[str, Any],
-    progress: Callable[[int], None],
+    progress: Callable[[Unit, int], None] = lambda unit, views: None,
+    done: Callable[[Unit], None] = lambda unit: None,
+    failed: Callable[[Unit, CacheKDError], None] | None = None,
 ) -> None:
     """Run the teacher over every view of `units`, commit each unit once whole, with the seconds that it took.
 
     Args:
-        progress: Called after each batch with the number of views it held.
+        units: Taken one by one, with `workers` some ahead of the work.
+        progress: Called after each batch with the number of views it held. done: Called when a unit is committed.
+        failed: Takes a unit and what it is to blame for, of `UNIT_FAULTS`; the others go on. None: that is raised.
     """
     rows: dict[str, list[np.ndarray]] = {}
     watch = Stopwatch(teacher)
-    for unit, last, views in view_batches(dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers):
+    batches = ViewBatches(dataset, units, shard_size=writer.shard_size, batch=batch, workers=workers)
+    for made in batches:
+        unit, views = made.unit, made.views
         watch.stage("views")
         first = unit.shard * writer.shard_size + len(rows.get(PIXEL_HASH.name, []))
-        for row in encode_views(views, teacher, codec, batch=batch, place=places(dataset, unit.view, first)):
+        try:
+            if isinstance(views, InputDataError):
+                raise views
+            encoded = encode_views(views, teacher, codec, batch=batch, place=places(dataset, unit.view, first))
+        except UNIT_FAULTS as error:
+            if failed is None:
+                raise
+            batches.drop(made.turn)
+            rows, watch = {}, Stopwatch(teacher)
+            failed(unit, error)
+            continue
+        for row in encoded:
             for name, values in row.items():
                 rows.setdefault(name, []).append(values)
         watch.stage("targets")
         writer.sign()
-        if last:
+        if made.last:
             writer.write_unit(unit.view, unit.shard, rows, environment, seconds=watch.taken())
-            rows = {}
-            watch = Stopwatch(teacher)
-        progress(len(views))
+            rows, watch = {}, Stopwatch(teacher)
+        progress(unit, len(views))
+        if made.last:
+            done(unit)
 
 
 class Stopwatch:

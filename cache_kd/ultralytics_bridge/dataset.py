@@ -182,6 +182,9 @@ class DecodedImages:
     def __len__(self) -> int:
         return len(self._images)
 
+    def __reduce__(self) -> tuple[type[DecodedImages], tuple[int]]:
+        return DecodedImages, (self.limit,)  # sent to another process, a data set reads its images there
+
     def get(self, index: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]] | None:
         found = self._images.get(index)
         if found is not None:

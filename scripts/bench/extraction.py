@@ -25,7 +25,7 @@ import torch
 from cache_kd.pipeline import extraction
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.structures import View
-from cache_kd.teacher.extract import Unit, extract_units, view_batches
+from cache_kd.teacher.extract import Unit, ViewBatches, extract_units
 from cache_kd.ultralytics_bridge.teacher import load_teacher
 
 
@@ -41,8 +41,8 @@ def prepared(teacher: Path, data: Path, folder: str, views: int, fidelity: str, 
 
 def bare(job: Any, model: torch.nn.Module, unit: Unit, batch: int) -> None:
     """Make the views of a unit and run the model over them."""
-    for _, _, samples in view_batches(job.dataset, [unit], shard_size=job.writer.shard_size, batch=batch, workers=0):
-        images = torch.from_numpy(np.stack([sample.pixels for sample in samples])).float() / 255
+    for made in ViewBatches(job.dataset, [unit], shard_size=job.writer.shard_size, batch=batch, workers=0):
+        images = torch.from_numpy(np.stack([sample.pixels for sample in made.views])).float() / 255
         with torch.inference_mode():
             model(images)
 
@@ -51,7 +51,7 @@ def whole(job: Any, unit: Unit, batch: int) -> None:
     """Extract a unit."""
     extract_units(
         [unit], dataset=job.dataset, teacher=job.teacher, codec=job.codec, writer=job.writer, batch=batch,
-        workers=0, environment=job.environment, progress=lambda _: None,
+        workers=0, environment=job.environment,
     )  # fmt: skip
 
 

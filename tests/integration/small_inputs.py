@@ -109,12 +109,13 @@ def extraction_threads() -> Iterator[None]:
 
 
 def without_times(file: Path) -> bytes:
-    """Return the content of a file of a cache; of a unit's record without the seconds that the unit took."""
+    """Return the content of a file of a cache; of a unit's record without how often it was tried and its seconds."""
     content = file.read_bytes()
     if file.parent.name != "units":
         return content
     try:
         record = json.loads(content)
-        return json.dumps({key: record[key] for key in record if key not in ("seconds", "checksum")}).encode()
+        varying = ("attempt", "seconds", "checksum")
+        return json.dumps({key: record[key] for key in record if key not in varying}).encode()
     except (ValueError, TypeError):  # damaged
         return content

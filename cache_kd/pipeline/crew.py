@@ -1,0 +1,103 @@
+"""In: an extraction that is ready to run, and how many are to share it. Out: its units, made by the engine for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from cache_kd.engines.board import Advanced, Board, Engine, Event, Lost
+from cache_kd.engines.local import LocalEngine
+from cache_kd.engines.processes import ProcessesEngine
+from cache_kd.errors import UnitsError
+from cache_kd.pipeline.extract_settings import ExtractSettings, loader_workers
+from cache_kd.pipeline.quarantine import named
+from cache_kd.pipeline.unit_worker import ExtractionWorker, WorkerMaker
+from cache_kd.teacher.extract import Unit
+
+if TYPE_CHECKING:
+    from cache_kd.pipeline.extraction import Job
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who shares an extraction: processes of this machine, with a device and torch threads each."""
+
+    devices: tuple[str, ...]
+    threads: int
+
+    @property
+    def size(self) -> int:
+        return len(self.devices)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process does it all."""
+        return self.size == 1
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.size} processes on {', '.join(dict.fromkeys(self.devices))}, {threads} each"
+
+
+def crew_of(settings: ExtractSettings, device: str, cores: int) -> Crew:
+    """Return processes and threads for the settings; `device`: the one where none was named."""
+    choice = settings.devices or (device,)
+    count = settings.processes or len(choice)
+    devices = tuple(choice[number % len(choice)] for number in range(count))
+    return Crew(devices, settings.threads or max(1, cores // count))
+
+
+def run_units(job: Job, crew: Crew, units: Sequence[Unit], progress: Callable[[int, int], None] | None) -> None:
+    """Have the units made; those that cannot be are left, counted in the cache.
+
+    Raises:
+        UnitsError: nothing could be made at all. CacheKDError: what no unit is to blame for.
+    """
+    sizes = {unit: len(unit.indices(job.writer.shard_size, len(job.dataset))) for unit in units}
+    board, items = Board(units, sizes), sum(sizes.values())
+
+    def tell(event: Event) -> None:
+        job.writer.sign()
+        if isinstance(event, Lost) and isinstance(event.unit, Unit):
+            job.writer.attempts.fail(event.unit.view, event.unit.shard, event.reason)
+        if progress and isinstance(event, Advanced):
+            progress(board.items_done, items)
+
+    _engine(job, crew).run(board, tell)
+    if board.hopeless:
+        faults = {unit: reason for unit, reason in board.faults.items() if isinstance(unit, Unit)}
+        raise UnitsError(
+            f"{job.path}: stopped, for {board.hopeless}{': ' if faults else ''}{named(faults)}; "
+            "put that right and run the same command again"
+        )
+
+
+def _engine(job: Job, crew: Crew) -> Engine:
+    settings = job.settings
+    if crew.alone:
+        loaders = loader_workers(settings)
+        return LocalEngine(
+            ExtractionWorker(job.dataset, job.teacher, job.codec, job.writer, settings.batch, loaders, job.environment)
+        )
+    job.teacher.model.cpu()  # the GPU is the workers'
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    loaders = loader_workers(settings, crew.size)
+    return ProcessesEngine([_maker(job, device, crew.threads, loaders) for device in crew.devices])
+
+
+def _maker(job: Job, device: str, threads: int, loaders: int) -> WorkerMaker:
+    plan = job.plan
+    return WorkerMaker(
+        settings=replace(job.settings, device=device, processes=None),
+        identity=plan.identity(job.codec),
+        place=job.path,
+        imgsz=plan.imgsz,
+        dataset=job.dataset,
+        threads=threads,
+        loaders=loaders,
+        teacher=job.settings.teacher,
+    )
