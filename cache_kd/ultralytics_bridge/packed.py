@@ -72,6 +72,9 @@ class PackedViews:
     def __init__(self, reader: RowReader, codec: PixelCodec, imgsz: int, images: PackedImages) -> None:
         self.reader, self.codec, self.imgsz, self.images = reader, codec, imgsz, images
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "labels"}  # of use to the trainer only
+
     def __len__(self) -> int:
         return len(self.images.names)
 

@@ -5,11 +5,13 @@ The caches are 20 000 images x 3 views, all their lists as the program writes th
 
 from __future__ import annotations
 
+import pickle
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache_kd import fingerprint
@@ -24,10 +26,20 @@ from cache_kd.pipeline.costs import recorded_seconds
 from cache_kd.pipeline.inspection import describe, lines
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache
+from cache_kd.structures import View
+from cache_kd.ultralytics_bridge.packed import PackedImages, PackedViews
+from cache_kd.views.packing import JpegPixels
 from scripts.bench.synthetic_cache import SECONDS, SyntheticCache
 
 IMAGES, VIEWS, UNITS, ARRAYS = 20_000, 3, 157, 9
 DATA, LIST = "data.json", "views/mixed-000{}/shards.json"
+
+
+class NoRows:
+    """A reader without rows."""
+
+    def read(self, view: View, index: int, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
+        raise AssertionError(f"row {index} of {view.name} is asked for")
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +202,18 @@ def test_an_extraction_goes_on_with_a_long_list_of_images(tmp_path: Path, monkey
         monkeypatch.setattr(module, "MAX_JSON_BYTES", 20_000)  # about 25 000 bytes; the images were renamed meanwhile
     renamed = SyntheticCache(tmp_path / "c", 200, 1, folder="moved")
     renamed.open_writer().close()
+
+
+def test_workers_of_packed_views_are_not_sent_the_labels() -> None:
+    """A million tables of labels take .8 GB; where workers are spawned each would get them."""
+    images = PackedImages(
+        [f"{number}.jpg" for number in range(1000)],
+        shapes=np.full((1000, 2), 64, np.int32),
+        counts=np.full(1000, 2, np.uint32),
+        boxes=np.zeros((2000, 5), np.float32),
+    )
+    views = PackedViews(NoRows(), JpegPixels(), 64, images)
+    bare = len(pickle.dumps(views))
+    assert len(views.labels) == 1000
+    sent = pickle.dumps(views)
+    assert len(sent) == bare and len(pickle.loads(sent).labels) == 1000
