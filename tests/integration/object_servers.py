@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import suppress
@@ -125,14 +126,7 @@ class ObjectServer:
 
     def tell(self, method: str, path: str, content: bytes | None = None) -> bytes:
         """Send a request past the wire."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method, data=content)
+        address, plain = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(address, method=method, data=content, headers=plain)
         with urllib.request.urlopen(request) as answer:
             return bytes(answer.read())
-
-    def object(self, path: str) -> bytes:
-        """Return an object's content."""
-        return self.tell("GET", f"/{BUCKET}/{path}")
-
-    def put(self, path: str, content: bytes) -> None:
-        """Replace an object."""
-        self.tell("PUT", f"/{BUCKET}/{path}", content)
