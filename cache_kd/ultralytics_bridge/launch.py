@@ -83,7 +83,7 @@ def check_shared_batch(batch: object, devices: int) -> None:
     """Raise `SettingError` unless a batch can be dealt out to so many devices in equal parts."""
     if isinstance(batch, int) and batch > 0 and batch % devices == 0:
         return
-    near = max(int(batch) // devices, 1) * devices if isinstance(batch, int | float) and batch > 1 else 8 * devices
+    near = max(int(batch) // devices, 1) * devices if isinstance(batch, int | float) and batch >= 1 else 8 * devices
     raise SettingError(
         f"batch={batch} cannot be dealt out to {devices} devices; allowed: a multiple of {devices}, as batch={near}"
     )
@@ -155,10 +155,11 @@ def _watched(command: list[str], folder: Path) -> tuple[int, str]:
 
 def _relay(stream: IO[str], folder: Path, said: deque[str], quiet: threading.Event) -> None:
     """Pass lines on until a process has failed in words of ours: torchrun and the other processes then add many."""
-    for line in stream:
-        said.append(line)
-        if not quiet.is_set() and not any(folder.glob("failed-*.json")):
-            sys.stderr.write(line)
+    with stream:
+        for line in stream:
+            said.append(line)
+            if not quiet.is_set() and not any(folder.glob("failed-*.json")):
+                sys.stderr.write(line)
 
 
 def _failure(folder: Path, trainer: DistillTrainer, code: int, said: str) -> CacheKDError:

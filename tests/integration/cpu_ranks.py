@@ -68,7 +68,7 @@ class Recorded(DistillTrainer):
             self.at_start = self._tensors()
         if event == "on_train_batch_end":
             items = {name: float(value) for name, value in self.loss_items.items()}
-            self.batches[-1] |= {"loss": float(self.loss), "items": items}
+            self.batches[-1] |= {"loss": self.loss.item(), "items": items}
         super().run_callbacks(event)
 
     def train(self) -> None:
@@ -117,6 +117,12 @@ class CpuRanks(Recorded):
 
 class StillRanks(CpuRanks):
     """Its batch norms keep their statistics."""
+
+    still_norms = True
+
+
+class StillFull(Recorded):
+    """One process with whole batches, whose batch norms keep their statistics."""
 
     still_norms = True
 
