@@ -230,6 +230,16 @@ def scan_table() -> str:
     return rows(head, body)
 
 
+def opening_table() -> str:
+    """Return what a sample costs whose shards are not open."""
+    record = newest("shard-opening")
+    found = record["figures"]["cpu_seconds"]
+    body = [[text, f"{1e3 * found[arm]['median']:.2f} ms [{1e3 * found[arm]['min']:.2f}, {1e3 * found[arm]['max']:.2f}]"]
+            for arm, text in (("open", "shards open, small arrays decoded"), ("not open", "neither"))]  # fmt: skip
+    head = [f"a sample of {record['figures']['arrays']} arrays at {record['settings']['imgsz']} px", "CPU time"]
+    return rows(head, body) + made_by(record, "python scripts/bench/shard_opening.py")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "scale-data": data_table,
     "scale-bytes": bytes_table,
@@ -240,4 +250,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-files": files_table,
     "scale-million": million_table,
     "scale-scan": scan_table,
+    "scale-opening": opening_table,
 }
