@@ -234,8 +234,10 @@ def opening_table() -> str:
     """Return what a sample costs whose shards are not open."""
     record = newest("shard-opening")
     found = record["figures"]["cpu_seconds"]
-    body = [[text, f"{1e3 * found[arm]['median']:.2f} ms [{1e3 * found[arm]['min']:.2f}, {1e3 * found[arm]['max']:.2f}]"]
-            for arm, text in (("open", "shards open, small arrays decoded"), ("not open", "neither"))]  # fmt: skip
+    body = []
+    for arm, text in (("open", "shards open, small arrays decoded"), ("not open", "neither")):
+        middle, least, most = (1e3 * found[arm][key] for key in ("median", "min", "max"))
+        body.append([text, f"{middle:.2f} ms [{least:.2f}, {most:.2f}]"])
     head = [f"a sample of {record['figures']['arrays']} arrays at {record['settings']['imgsz']} px", "CPU time"]
     return rows(head, body) + made_by(record, "python scripts/bench/shard_opening.py")
 
