@@ -62,7 +62,7 @@ def percent(share: float | None) -> str:
 
 
 def seeds(values: list[int]) -> str:
-    """Return seeds in rising order: as a list, or as a range where three or more follow each other."""
+    """Return how many seeds and which, in rising order: a list, or a range where three or more follow each other."""
     if len(values) > 2 and values == list(range(values[0], values[0] + len(values))):
-        return f"{values[0]} to {values[-1]}"
-    return ", ".join(str(value) for value in values)
+        return f"{len(values)} ({values[0]} to {values[-1]})"
+    return f"{len(values)} ({', '.join(str(value) for value in values)})"

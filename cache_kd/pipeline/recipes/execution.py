@@ -239,11 +239,20 @@ class Worker:
         self._process.stdin.flush()  # and stays open: its end is this process's end
 
     def ended(self) -> int | None:
-        return self._process.poll()
+        code = self._process.poll()
+        if code is not None:
+            self._close()
+        return code
 
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):  # what its end never read
+            if self._process.stdin is not None:
+                self._process.stdin.close()
 
 
 def run_recipe_file(
