@@ -32,8 +32,9 @@ DOORS = {
     "google_crc32c": "cache",
     "click": "cli",
     "yaml": "config",
+    "ray": "engines",
 }
-HEAVY = ("torch", "numpy", "zarr", "numcodecs", "ultralytics", "cv2", "matplotlib")
+HEAVY = ("ray", "torch", "numpy", "zarr", "numcodecs", "ultralytics", "cv2", "matplotlib")
 # A fact about the package as a whole, free of imports: any layer may ask for it.
 FREE = "cache_kd.__version__"
 
@@ -146,6 +147,7 @@ def test_clean_tree_has_no_fault(tmp_path: Path) -> None:
         ("views/recipe.py", "import zarr.codecs as codecs\n", "zarr may be imported by cache only"),
         ("codecs/logits.py", "import numcodecs\n", "numcodecs may be imported by cache only"),
         ("codecs/logits.py", "from google_crc32c import value\n", "google_crc32c may be imported by cache only"),
+        ("pipeline/api.py", "import ray\n", "ray may be imported by engines only"),
         ("pipeline/api.py", "import click\n", "click may be imported by cli only"),
         ("pipeline/api.py", "def f():\n    import yaml\n", "yaml may be imported by config only"),
         ("cli/group.py", "from cache_kd.__main__ import main\n", "cli is below __main__"),

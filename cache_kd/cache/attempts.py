@@ -52,6 +52,14 @@ class Attempts:
         """Forget an attempt that was interrupted: nothing is known against the unit."""
         self.store.delete(_path(view, shard, number))
 
+    def excuse(self, view: View, shard: int) -> None:
+        """Forget the last attempt unless it is known why it failed: its process was told to end."""
+        for number in range(MAX_ATTEMPTS, 0, -1):
+            if self.store.exists(_path(view, shard, number)):
+                if not self.store.exists(_fault(view, shard, number)):
+                    self.withdraw(view, shard, number)
+                return
+
     def clear(self, view: View, shard: int, numbers: int = MAX_ATTEMPTS) -> None:
         """Forget the first `numbers` attempts at a unit: it is finished, or is to be tried again."""
         for number in range(numbers, 0, -1):

@@ -149,6 +149,10 @@ class CacheWriter:
         """Return whether the unit is finished; a record whose files are gone or of another size is dropped."""
         return self._finished(view, shard) is not None
 
+    def record(self, view: View, shard: int) -> UnitRecord | None:
+        """Return the record of a unit that is `done`, None of another one."""
+        return self._finished(view, shard)
+
     def unfinished(self, units: Sequence[tuple[View, int]]) -> list[tuple[View, int]]:
         """Return those of `units` that are not `done`, in their order."""
         records = self._each(lambda unit: self._finished(*unit), units)

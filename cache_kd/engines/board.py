@@ -123,6 +123,11 @@ class Board:
         return len(self._fresh) + len(self._again)
 
     @property
+    def held(self) -> list[Any]:
+        """The units that workers have."""
+        return [unit for held in self._held.values() for unit in held]
+
+    @property
     def hopeless(self) -> str:
         """Why there is no point in going on; "" as long as there is."""
         if not self._done and len(self.faults) >= HOPELESS:

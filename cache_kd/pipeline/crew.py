@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from cache_kd.cache.store import Place
 from cache_kd.engines.board import Advanced, Board, Engine, Event, Lost
 from cache_kd.engines.local import LocalEngine
 from cache_kd.engines.processes import ProcessesEngine
-from cache_kd.errors import UnitsError
+from cache_kd.engines.ray import RayEngine
+from cache_kd.errors import CacheKDError, UnitsError
 from cache_kd.pipeline.extract_settings import ExtractSettings, loader_workers
 from cache_kd.pipeline.quarantine import named
-from cache_kd.pipeline.unit_worker import ExtractionWorker, WorkerMaker
+from cache_kd.pipeline.unit_worker import ExtractionWorker, ShippedMaker, WorkerMaker
 from cache_kd.teacher.extract import Unit
 
 if TYPE_CHECKING:
@@ -23,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crew:
-    """Who shares an extraction: processes of this machine, with a device and torch threads each."""
+    """Who shares an extraction: processes of this machine, with a device and torch threads each, or Ray's actors."""
 
     devices: tuple[str, ...]
     threads: int
+    ray: bool = False
 
     @property
     def size(self) -> int:
@@ -35,15 +40,19 @@ class Crew:
     @property
     def alone(self) -> bool:
         """Whether this process does it all."""
-        return self.size == 1
+        return self.size == 1 and not self.ray
 
     def __str__(self) -> str:
+        if self.ray:
+            return "Ray gives out the units"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{self.size} processes on {', '.join(dict.fromkeys(self.devices))}, {threads} each"
 
 
 def crew_of(settings: ExtractSettings, device: str, cores: int) -> Crew:
     """Return processes and threads for the settings; `device`: the one where none was named."""
+    if settings.engine == "ray":
+        return Crew((device,) * (settings.processes or 1), settings.threads or cores, ray=True)
     choice = settings.devices or (device,)
     count = settings.processes or len(choice)
     devices = tuple(choice[number % len(choice)] for number in range(count))
@@ -66,7 +75,13 @@ def run_units(job: Job, crew: Crew, units: Sequence[Unit], progress: Callable[[i
         if progress and isinstance(event, Advanced):
             progress(board.items_done, items)
 
-    _engine(job, crew).run(board, tell)
+    try:
+        _engine(job, crew).run(board, tell)
+    except KeyboardInterrupt:
+        with suppress(CacheKDError):
+            for unit in board.held:
+                job.writer.attempts.excuse(unit.view, unit.shard)
+        raise
     if board.hopeless:
         faults = {unit: reason for unit, reason in board.faults.items() if isinstance(unit, Unit)}
         raise UnitsError(
@@ -77,6 +92,10 @@ def run_units(job: Job, crew: Crew, units: Sequence[Unit], progress: Callable[[i
 
 def _engine(job: Job, crew: Crew) -> Engine:
     settings = job.settings
+    if settings.engine == "ray":
+        return RayEngine(
+            _shipped(job), settings.processes, settings.threads, settings.address, gpus=settings.device != "cpu"
+        )
     if crew.alone:
         loaders = loader_workers(settings)
         return LocalEngine(
@@ -101,3 +120,15 @@ def _maker(job: Job, device: str, threads: int, loaders: int) -> WorkerMaker:
         loaders=loaders,
         teacher=job.settings.teacher,
     )
+
+
+def _shipped(job: Job) -> ShippedMaker:
+    """Return the maker with the files that other machines need not have."""
+    files = tuple((file.name, file.read_bytes()) for file in (job.settings.teacher, *job.settings.imports))
+    maker = _maker(job, job.settings.device or "", threads=1, loaders=0)
+    return ShippedMaker(replace(maker, place=absolute(job.path)), files)
+
+
+def absolute(place: Place) -> Place:
+    """Return a place as it is called from any working directory."""
+    return place.absolute() if isinstance(place, Path) else place

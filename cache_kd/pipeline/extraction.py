@@ -105,7 +105,7 @@ def extract(
         elif settings.part is None:
             say(f"{job.path}: every view is there already; more of them: --views {settings.views * 2 or 8}")
         missing = len({(unit.view, unit.shard) for unit in units} - job.writer.recorded())
-        manifest = None if missing else job.writer.finish(settings.view_list, _manifest_fields(job))
+        manifest = None if missing else job.writer.finish(settings.view_list, _final_fields(job, units[0]))
     seconds = time.perf_counter() - started
     if manifest is None:
         say(
@@ -328,6 +328,7 @@ def prepare(settings: ExtractSettings, say: Callable[[str], None]) -> Job:
         remove_empty(made[1:])
         raise
     env = environment(device=plan.device, batch=settings.batch, precision=settings.precision)
+    env["threads"] = crew_of(settings, plan.device, cpu_threads()).threads
     return Job(plan, settings, codec, writer, path, env, made, probed)
 
 
@@ -394,6 +395,13 @@ def _manifest_fields(job: Job) -> dict[str, Any]:
         "recipe": job.plan.recipe.to_json(),
         "environment": job.environment,
     }
+
+
+def _final_fields(job: Job, unit: Unit) -> dict[str, Any]:
+    """Return the fields of the manifest; a Ray cluster's machines are not this one: its units say what they ran on."""
+    fields = _manifest_fields(job)
+    record = job.writer.record(unit.view, unit.shard) if job.settings.engine == "ray" else None
+    return {**fields, "environment": record.environment} if record else fields
 
 
 def _skipped(dataset: ViewDataset) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -96,7 +97,7 @@ class WorkerMaker:
     Attributes:
         settings: of the extraction, with the device of this worker. identity: of the cache.
         dataset: scanned already; only the images are read where the worker is.
-        checkpoint: content of the teacher's file; None where that is read from its path.
+        threads: of torch. loaders: processes that make views. teacher: its file.
     """
 
     settings: ExtractSettings
@@ -118,7 +119,7 @@ class WorkerMaker:
             raise MismatchError(
                 f"teacher {self.teacher} is not the one that the extraction began with: {listed(changed)}"
             )
-        device = device_of(settings.device or "cpu")
+        device = device_of(settings.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         teacher = Teacher(
             checkpoint,
             imgsz=self.imgsz,
@@ -139,3 +140,30 @@ class WorkerMaker:
             raise MismatchError(
                 f"a worker has other libraries than the extraction began with: {listed(changed)}; install the same ones"
             )
+
+
+@final
+@dataclass(frozen=True)
+class ShippedMaker:
+    """Makes the worker on another machine, which has the images and the cache, and nothing else of this one's files.
+
+    Attributes:
+        files: name and content of the teacher's file, then of the user's modules.
+    """
+
+    maker: WorkerMaker
+    files: tuple[tuple[str, bytes], ...]
+
+    def __call__(self, threads: int) -> ExtractionWorker:
+        """Return the worker; `threads`: the CPU threads that it may use."""
+        with tempfile.TemporaryDirectory(prefix="cache-kd-") as folder:
+            paths = []
+            for number, (name, content) in enumerate(self.files):
+                path = Path(folder, str(number), name)
+                path.parent.mkdir()
+                path.write_bytes(content)
+                paths.append(path)
+            chosen = self.maker.settings.workers
+            loaders = chosen if chosen is not None else min(8, threads) if torch.cuda.is_available() else 0
+            settings = replace(self.maker.settings, imports=tuple(paths[1:]))
+            return replace(self.maker, settings=settings, teacher=paths[0], threads=threads, loaders=loaders)()
