@@ -53,7 +53,7 @@ def train(settings: tuple[str, ...], student: str | None, **options: Any) -> Non
     limit = options.pop("fetch_limit")
     if limit is not None:
         options["fetch_limit"] = parse_size(limit, "--fetch-limit")
-    from cache_kd.pipeline.training import TrainSettings
+    from cache_kd.pipeline.train_settings import TrainSettings
     from cache_kd.pipeline.training import train as run
 
     done = run(TrainSettings(student=student or "", settings=pairs, **options), say=click.echo)

@@ -15,7 +15,8 @@ from cache_kd.demo.schedule import SCHEDULE
 from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import Extracted, extract
 from cache_kd.pipeline.sizes import megabytes
-from cache_kd.pipeline.training import TrainSettings, train
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import train
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.ultralytics_bridge.baseline import train_stock
 

@@ -16,7 +16,8 @@ from cache_kd.pipeline.opened import Cache, open_cache
 from cache_kd.pipeline.parts import Part
 from cache_kd.pipeline.recipes.execution import run_recipe_file
 from cache_kd.pipeline.recipes.results import RecipeResult
-from cache_kd.pipeline.training import Trained, TrainSettings
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import Trained
 from cache_kd.pipeline.training import train as run_training
 
 __all__ = ["Cache", "extract", "open_cache", "run_recipe", "train"]

@@ -14,19 +14,19 @@ import torch
 from cache_kd.cache.last_use import mark_used
 from cache_kd.cache.manifest import Manifest
 from cache_kd.cache.object_store import Fetching
-from cache_kd.cache.places import open_store, parse_place
+from cache_kd.cache.places import open_store
 from cache_kd.cache.store import Place, Store
-from cache_kd.config import read_yaml
-from cache_kd.errors import CacheKDError, MismatchError, MissingFileError, SettingError
+from cache_kd.errors import CacheKDError, SettingError
 from cache_kd.fingerprint import compare_sources
 from cache_kd.losses import LossSpec, parse_losses
-from cache_kd.losses.spec import COMMON
 from cache_kd.pipeline.default_losses import default_losses
 from cache_kd.pipeline.fetching import arrays_read, fetch_ahead, shuffle_window
 from cache_kd.pipeline.locations import newest_cache
 from cache_kd.pipeline.opened import Cache, extract_command
 from cache_kd.pipeline.packed import check_class_names, check_decoder
+from cache_kd.pipeline.resuming import resumed_settings
 from cache_kd.pipeline.stored_boxes import stored_boxes
+from cache_kd.pipeline.train_settings import NO_LOSSES, PROOFS, TrainSettings, balanced
 from cache_kd.pipeline.versions import other_versions, version_differences
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.data import load_data
@@ -40,49 +40,11 @@ from cache_kd.ultralytics_bridge.settings import (
     check_training_settings,
     fixed_overrides,
 )
-from cache_kd.ultralytics_bridge.trainer import RECORD, DistillTrainer
+from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.ultralytics_bridge.training_data import TargetSource, TrainingDataset
 from cache_kd.views.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
-PROOFS = {
-    "first": "the first batches and a sample of all others are compared with the teacher's",
-    "all": "every batch is compared with the teacher's",
-    "off": "with --verify-pixels off nothing shows it; leave that out",
-}
-NO_LOSSES = "none"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that `cache-kd train` can be told.
-
-    Attributes:
-        student: model YAML or checkpoint. cache: folder; None takes the newest complete one.
-        balance: share of the gradient at which each term is held whose spec gives no `balance`; None holds none.
-        losses: specs as on the command line; none takes `default_losses`; ("none",) trains plainly on the same views.
-        views, plain_views: mixed and plain views to show, the first ones; None shows all.
-        fetch_limit: bytes of local copies of a cache in an object store; None takes `CACHE_KD_FETCH_LIMIT`.
-        shuffle_window: shards within which images are shuffled; None: all, or as many as `fetch_limit` allows.
-        threads: torch threads; None leaves Ultralytics' choice, on a CPU one fewer than its cores.
-        settings: Ultralytics' own KEY=VALUE settings.
-    """
-
-    student: str
-    cache: Place | None = None
-    data: Path | None = None
-    losses: tuple[str, ...] = ()
-    balance: float | None = None
-    name: str | None = None
-    verify_pixels: str = "first"
-    views: int | None = None
-    plain_views: int | None = None
-    fetch_limit: int | None = None
-    shuffle_window: int | None = None
-    threads: int | None = None
-    trust_student: bool = False
-    imports: tuple[Path, ...] = ()
-    settings: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +66,7 @@ def train(settings: TrainSettings, *, say: Callable[[str], None] = LOG.info) -> 
         raise SettingError(f"--verify-pixels {settings.verify_pixels!r}; allowed: {', '.join(PROOFS)}")
     extra = dict(settings.settings or {})
     import_user_modules(settings.imports)  # first: a file may add losses to `LOSSES`
-    settings, extra = _resumed(settings, extra)
+    settings, extra = resumed_settings(settings, extra)
     cache = _open(settings, say)
     differing = other_versions(cache.manifest.identity)
     if differing and cache.packing is None:  # what is packed was made before; `check_decoder` asks for more than names
@@ -225,19 +187,9 @@ def _store(path: Place, settings: TrainSettings) -> Store:
 def _losses(settings: TrainSettings, manifest: Manifest) -> tuple[LossSpec, ...]:
     if settings.losses == (NO_LOSSES,):
         return ()
-    return _balanced(
+    return balanced(
         parse_losses(list(settings.losses or default_losses(manifest.codec["store"], manifest.head))), settings.balance
     )
-
-
-def _balanced(losses: tuple[LossSpec, ...], share: float | None) -> tuple[LossSpec, ...]:
-    """Return the specs, each held at `share` of the gradient unless it names a share of its own or is off."""
-    if share is None:
-        return losses
-    rule = COMMON["balance"].allowed
-    if not rule.test(share):
-        raise SettingError(f"--balance {share:g}; allowed: {rule.text}")
-    return tuple(spec if spec.balance or not spec.weight else replace(spec, balance=share) for spec in losses)
 
 
 def distill_plan(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings) -> DistillPlan:
@@ -328,118 +280,3 @@ def _record(cache: Cache, losses: tuple[LossSpec, ...], settings: TrainSettings)
         "verify_pixels": settings.verify_pixels,
         "pack": cache.packing.spec if cache.packing else "none",
     }
-
-
-def _resumed(settings: TrainSettings, extra: dict[str, Any]) -> tuple[TrainSettings, dict[str, Any]]:
-    """Return the settings of an interrupted run, taken from its folder, when `resume=` names a checkpoint."""
-    resume = extra.get("resume")
-    if not resume:
-        return settings, extra
-    checkpoint = Path(settings.student if resume is True else str(resume))
-    if not checkpoint.is_file():
-        raise MissingFileError(f"resume={resume}: no such checkpoint; allowed: resume=runs/detect/NAME/weights/last.pt")
-    record = checkpoint.parent.parent / RECORD
-    if not record.is_file():
-        raise MismatchError(
-            f"resume={resume}: {record} is missing, so this is no run of cache-kd; resume it with yolo train, or "
-            f"start a new run from it: cache-kd train --student {checkpoint}"
-        )
-    recorded = _read_record(record)
-    asked = _written(settings)
-    if asked and asked != recorded["losses"]:
-        raise MismatchError(
-            f"{checkpoint} was trained with {', '.join(recorded['losses'])}, --loss says {', '.join(asked)}; "
-            "leave --loss out to go on, or start a new run"
-        )
-    if settings.balance is not None and not asked and not _balances(recorded["losses"], settings.balance):
-        raise MismatchError(
-            f"{checkpoint} was trained with {', '.join(recorded['losses'])}, not with --balance "
-            f"{settings.balance:g}; leave --balance out to go on, or start a new run"
-        )
-    views = _recorded_views(recorded, record)
-    for option, given, held in zip(
-        ("--views", "--plain-views"), (settings.views, settings.plain_views), views, strict=True
-    ):
-        if given is not None and given != held:
-            raise MismatchError(
-                f"{checkpoint} was trained with {option} {held}, not {given}; leave {option} out to go on, or start a "
-                "new run"
-            )
-    cache = settings.cache or parse_place(recorded["cache"])
-    identity = Cache(cache).manifest.identity_digest
-    if identity != recorded["identity"]:
-        raise MismatchError(
-            f"{checkpoint} was trained from cache {recorded['identity'][:8]}, {cache} is {identity[:8]}; "
-            f"name the first one: --cache {recorded['cache']}"
-        )
-    window = _recorded_window(recorded, record, cache)
-    if settings.shuffle_window is not None and settings.shuffle_window != window:
-        raise MismatchError(
-            f"{checkpoint} was trained with --shuffle-window {window}, not {settings.shuffle_window}; leave it out to "
-            "go on, or start a new run"
-        )
-    resumed = TrainSettings(
-        student=str(checkpoint),
-        cache=cache,
-        data=settings.data,
-        losses=tuple(recorded["losses"]),
-        verify_pixels=settings.verify_pixels,
-        views=views[0],
-        plain_views=views[1],
-        fetch_limit=settings.fetch_limit,
-        shuffle_window=window,
-        threads=settings.threads,
-        trust_student=settings.trust_student,
-        imports=settings.imports,
-    )
-    # The checkpoint names a folder and a teacher, too: a run moved or received from others must not follow them.
-    own = {"save_dir": str(checkpoint.parent.parent), "distill_model": None}
-    return resumed, {**own, **extra, "resume": str(checkpoint)}
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """Return what a run recorded; raises `MismatchError` if that cannot be its record."""
-    recorded = read_yaml(path)
-    losses = recorded.get("losses")
-    faults = [f"{key} is not a text" for key in ("cache", "identity") if not isinstance(recorded.get(key), str)]
-    if not isinstance(losses, list) or not losses or not all(isinstance(loss, str) for loss in losses):
-        faults.append("losses is not a list of texts")
-    views = recorded.get("views")
-    if not isinstance(views, list) or not all(isinstance(view, str) for view in views):
-        faults.append("views is not a list of texts")
-    if faults:
-        raise MismatchError(f"{path} is not the record of a run: {', '.join(faults)}; start a new run")
-    return recorded
-
-
-def _recorded_views(recorded: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Return how many mixed and plain views a run shows: a cache topped up since must not change its schedule."""
-    try:
-        kinds = [View.parse(name).kind for name in recorded["views"]]
-    except SettingError as error:
-        raise MismatchError(f"{path} is not the record of a run: {error}; start a new run") from None
-    return kinds.count("mixed"), kinds.count("plain")
-
-
-def _recorded_window(recorded: dict[str, Any], path: Path, cache: Place) -> int:
-    """Return the shards within which a run shuffles: another limit of local copies must not change its order."""
-    window = recorded.get("shuffle_window")
-    if window is None:
-        manifest = Cache(cache).manifest
-        return -(-manifest.num_images // manifest.shard_size)
-    if type(window) is not int or window < 1:
-        raise MismatchError(f"{path} is not the record of a run: shuffle_window is {window!r}; start a new run")
-    return window
-
-
-def _balances(recorded: list[str], share: float) -> bool:
-    """Return whether a run with these losses is what `--balance share` makes: each holds a share, one this share."""
-    shares = [] if recorded == [NO_LOSSES] else [spec.balance for spec in parse_losses(recorded)]
-    return all(shares) and share in shares
-
-
-def _written(settings: TrainSettings) -> list[str]:
-    """Return the canonical texts of the losses that are asked for, as a run records them; none asks for none."""
-    if settings.losses == (NO_LOSSES,):
-        return [NO_LOSSES]
-    return [str(spec) for spec in _balanced(parse_losses(list(settings.losses)), settings.balance)]

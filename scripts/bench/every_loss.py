@@ -23,7 +23,8 @@ import torch
 
 from cache_kd.losses import LOSSES, parse_loss
 from cache_kd.pipeline.extraction import ExtractSettings, extract
-from cache_kd.pipeline.training import TrainSettings, train
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import train
 
 TOGETHER = ("ld", "bckd", "cwd", "sl2")
 

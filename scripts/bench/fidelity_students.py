@@ -24,7 +24,8 @@ from cache_kd.codecs import FIDELITIES
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.inspection import describe
 from cache_kd.pipeline.recoding import RecodeSettings, recode
-from cache_kd.pipeline.training import TrainSettings, train
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import train
 
 PLAIN, PACKED = "plain", "packed"
 ARMS = (PLAIN, "exact", "default", "small", "tiny", PACKED)

@@ -30,7 +30,8 @@ from cache_kd.losses.catalogue import MEASURED
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.inspection import describe
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import TrainSettings, distill_plan
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import distill_plan
 from cache_kd.ultralytics_bridge.settings import fixed_overrides
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.views.recipe import Recipe

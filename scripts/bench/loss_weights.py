@@ -24,7 +24,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 from cache_kd.losses import LOSSES, parse_losses
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import TrainSettings, distill_plan
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import distill_plan
 from cache_kd.structures import DetectorOutput, TargetBatch
 from cache_kd.student.alarms import gradient_shares
 from cache_kd.student.distiller import Distiller

@@ -24,7 +24,8 @@ from steps import in_turn
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import PROOFS, TrainSettings, distill_plan
+from cache_kd.pipeline.train_settings import PROOFS, TrainSettings
+from cache_kd.pipeline.training import distill_plan
 from cache_kd.ultralytics_bridge.settings import fixed_overrides
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 from cache_kd.ultralytics_bridge.training_data import FIRST_ITEMS, SAMPLED, TrainingDataset

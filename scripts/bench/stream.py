@@ -36,7 +36,8 @@ from cache_kd.cache.reader import CacheReader
 from cache_kd.losses import parse_losses
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import TrainSettings, distill_plan
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import distill_plan
 from cache_kd.ultralytics_bridge import training_data
 from cache_kd.ultralytics_bridge.dataset import ViewDataset
 from cache_kd.ultralytics_bridge.settings import fixed_overrides

@@ -24,7 +24,8 @@ from ultralytics.utils import DEFAULT_CFG
 from cache_kd.pipeline.estimate import estimate
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import TrainSettings, train
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import train
 from cache_kd.ultralytics_bridge.settings import fixed_overrides
 from cache_kd.views.recipe import Recipe
 

@@ -22,6 +22,7 @@ from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.pipeline import training
+from cache_kd.pipeline.train_settings import TrainSettings
 from cache_kd.student.loader import ViewSampler
 from cache_kd.ultralytics_bridge.student import DistilledMixin
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
@@ -159,7 +160,7 @@ def train_as(
     balance = settings.pop("balance", None)
     student = settings.pop("student", "yolov8n.yaml")
     every = {"project": str(project), **({} if "resume" in settings else FAST), **settings}
-    wanted = training.TrainSettings(student, cache, losses=losses, balance=balance, threads=1, settings=every)
+    wanted = TrainSettings(student, cache, losses=losses, balance=balance, threads=1, settings=every)
     threads = torch.get_num_threads()
     with mock.patch.object(training, "DistillTrainer", kind):
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ultralytics.utils.torch_utils import unwrap_model
 
 from cache_kd.pipeline import training
+from cache_kd.pipeline.train_settings import TrainSettings
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 
@@ -103,7 +104,7 @@ def train_student(
     with mock.patch.object(training, "DistillTrainer", Watched):
         try:
             training.train(
-                training.TrainSettings(
+                TrainSettings(
                     student=student, cache=cache, data=data, losses=losses, balance=balance, views=views, settings=every
                 )
             )

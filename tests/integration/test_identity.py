@@ -24,7 +24,8 @@ from cache_kd.errors import MismatchError, SettingError
 from cache_kd.fingerprint import differences
 from cache_kd.pipeline import identity, versions
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import TrainSettings, train
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import train
 from cache_kd.pipeline.verification import verify
 from cache_kd.pipeline.versions import PIXEL_PACKAGES
 from cache_kd.ultralytics_bridge.settings import check_pixel_settings

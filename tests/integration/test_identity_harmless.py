@@ -19,7 +19,8 @@ from student_runs import FAST
 from cache_kd.pipeline import versions
 from cache_kd.pipeline.extraction import Extracted, extract, prepare
 from cache_kd.pipeline.opened import Cache
-from cache_kd.pipeline.training import TrainSettings, train
+from cache_kd.pipeline.train_settings import TrainSettings
+from cache_kd.pipeline.training import train
 from cache_kd.pipeline.verification import verify
 from cache_kd.pipeline.versions import PIXEL_PACKAGES
 

@@ -21,7 +21,8 @@ from student_runs import differing, gradients, results
 from ultralytics.utils import RANK, USER_CONFIG_DIR
 
 from cache_kd.errors import AlarmError, CacheKDError, SettingError
-from cache_kd.pipeline.extraction import ExtractSettings, extract
+from cache_kd.pipeline.extract_settings import ExtractSettings
+from cache_kd.pipeline.extraction import extract
 from cache_kd.ultralytics_bridge.launch import RankRun, check_shared_batch, launch
 from cache_kd.ultralytics_bridge.settings import check_one_device
 

@@ -293,8 +293,9 @@ def test_a_view_that_does_not_fit_is_shuffled_in_windows_alike_everywhere(
     assert sum(path.stat().st_size for path in fetched.glob("??/*")) <= shard * 0.95
     monkeypatch.delenv("CACHE_KD_FETCH_LIMIT")
     from cache_kd.pipeline import training
+    from cache_kd.pipeline.train_settings import TrainSettings
 
-    settings = training.TrainSettings("yolov8n.yaml", cache=local.path, shuffle_window=1)
+    settings = TrainSettings("yolov8n.yaml", cache=local.path, shuffle_window=1)
     plan = training.distill_plan(training.Cache(local.path, data=data_file), training.parse_losses(["ld"]), settings)
     assert plan.window == ShuffleWindow(SHARD, 1) == there.trainer.plan.window
     sampler = there.trainer.train_loader.sampler

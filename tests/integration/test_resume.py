@@ -33,6 +33,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from cache_kd.cli import main
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.pipeline import training
+from cache_kd.pipeline.train_settings import TrainSettings
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 
@@ -330,7 +331,7 @@ def test_fewer_views_are_those_of_a_smaller_cache_and_last_over_a_resume(few_cac
     folder = tmp_path / "train"
     assert yaml.safe_load((folder / "cache_kd.yaml").read_text())["views"] == ["mixed-0000", "plain-0000"]
     with pytest.raises(MismatchError, match=r"was trained with --views 1, not 2; leave --views out"):
-        training.train(training.TrainSettings("", views=2, settings={"resume": str(folder / "weights/last.pt")}))
+        training.train(TrainSettings("", views=2, settings={"resume": str(folder / "weights/last.pt")}))
     rest = resume(folder)
     shown = [View("mixed", 0)] * 2 + [View("plain", 0)]
     assert rest.shown == [(epoch, view) for epoch, view in zip((2, 3, 4), shown, strict=True) for _ in range(BATCHES)]
@@ -346,4 +347,4 @@ def test_fewer_views_are_those_of_a_smaller_cache_and_last_over_a_resume(few_cac
 )
 def test_views_that_the_cache_lacks_are_refused(few_cache: Path, chosen: dict[str, int], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        training.train(training.TrainSettings("yolov8n.yaml", few_cache, **chosen))
+        training.train(TrainSettings("yolov8n.yaml", few_cache, **chosen))

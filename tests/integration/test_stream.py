@@ -19,6 +19,7 @@ from cache_kd.losses import parse_losses
 from cache_kd.pipeline import training
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.train_settings import TrainSettings
 from cache_kd.student.loader import ViewSampler
 from cache_kd.student.prefetch import SHARED_MEMORY
 from cache_kd.student.schedule import ViewSchedule
@@ -71,7 +72,7 @@ def plan(
             ExtractSettings(bccd_teacher, few_images, where, views=1, plain_views=0, imgsz=64, batch=4, pack="jpeg")
         ).path
     cache = Cache(path, data=few_images)
-    found = training.distill_plan(cache, parse_losses(["ld", "bckd", "sl2"]), training.TrainSettings("yolov8n.yaml"))
+    found = training.distill_plan(cache, parse_losses(["ld", "bckd", "sl2"]), TrainSettings("yolov8n.yaml"))
     if found.packed is not None:
         return found, PackedTrainingDataset(found.packed, targets=found.targets)
     settings: dict[str, Any] = {"recipe": found.recipe, "imgsz": found.imgsz, "seed": found.seed}

@@ -23,7 +23,8 @@ from cache_kd.losses import parse_losses
 from cache_kd.pipeline.cache_record import cache_record, read_bytes
 from cache_kd.pipeline.recipes.plan import LOG, RunTask, read_state
 from cache_kd.pipeline.recipes.recipe import COTRAINED
-from cache_kd.pipeline.training import NO_LOSSES, TrainSettings, train
+from cache_kd.pipeline.train_settings import NO_LOSSES, TrainSettings
+from cache_kd.pipeline.training import train
 from cache_kd.pipeline.versions import OTHER_PACKAGES, PIXEL_PACKAGES, cpu_threads, package_versions
 from cache_kd.report.record import FILE, STATE, CostRecord, Judgement, MachineRecord, RunRecord
 from cache_kd.report.run_folder import read_epochs
