@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from cache_kd.teacher import extract
 
 # Imported where the worker is, before it makes anything. `shard.MAX`: several units a view of few images.
 TEMPLATE = """
@@ -42,3 +47,19 @@ def tried(folder: Path) -> dict[str, int]:
     for name in sorted(path.name.rsplit("-", 2)[0] for path in (folder / "tried").iterdir()):
         found[name] = found.get(name, 0) + 1
     return found
+
+
+@pytest.fixture(autouse=True)
+def healed() -> Iterator[None]:
+    """Take the poison out of this process again, which imports the module too."""
+    before = extract.encode_views
+    yield
+    extract.encode_views = before
+
+
+def heal() -> None:
+    """The same at once, for what follows in the same test."""
+    extract.encode_views = HEALTHY
+
+
+HEALTHY = extract.encode_views

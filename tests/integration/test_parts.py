@@ -65,7 +65,7 @@ def words(teacher: Path, data: Path, path: Path, *more: str) -> list[str]:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+@pytest.mark.parametrize("order", [(3, 1, 2), pytest.param((1, 2, 3), marks=pytest.mark.slow)])
 def test_parts_in_any_order_are_the_whole(
     whole: Extracted, teacher: Path, few: Path, tmp_path: Path, order: tuple[int, ...]
 ) -> None:
