@@ -24,7 +24,7 @@ from cache_kd.errors import AlarmError, CacheKDError, SettingError
 from cache_kd.pipeline.extract_settings import ExtractSettings
 from cache_kd.pipeline.extraction import extract
 from cache_kd.ultralytics_bridge.launch import RankRun, check_shared_batch, launch
-from cache_kd.ultralytics_bridge.settings import check_one_device
+from cache_kd.ultralytics_bridge.settings import check_device, check_one_device
 
 IMAGES, ODD = 12, 11
 STEPS, EPOCHS = 21, 7
@@ -47,6 +47,12 @@ def test_several_devices_are_refused_where_one_is_wanted(device: Any) -> None:
         check_one_device(device, "a cotrained run")
     for one in (None, "cpu", 0, "0"):
         check_one_device(one, "a cotrained run")
+
+
+@pytest.mark.parametrize("device", ["98,99", (98, 99)])
+def test_devices_that_are_not_there_are_refused(device: Any) -> None:
+    with pytest.raises(SettingError, match=r"cannot be used here; allowed: cpu"):
+        check_device(device)
 
 
 def test_a_refused_run_on_two_devices_leaves_nothing_behind(few_cache: Path, tmp_path: Path) -> None:
@@ -263,6 +269,22 @@ def test_a_process_that_dies_without_a_word_is_named(few_cache: Path, tmp_path: 
         train_as(OneDies, few_cache, tmp_path / "runs", "cwd", epochs=1)
 
 
+# -- the real thing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_hold_the_same_student_and_adapters(few_cache: Path, tmp_path: Path) -> None:
+    """CUDA, NCCL and AMP, nothing replaced."""
+    losses = ("cwd", "ho", "ld:balance=0.3")
+    folder, (first, second) = train_as(Recorded, few_cache, tmp_path, *losses, epochs=4, device="0,1")
+    moved = differing(first["start"]["adapters"], first["end"]["adapters"])
+    assert len(moved) > 10
+    assert differing(first["end"]["adapters"], second["end"]["adapters"]) == []
+    assert all("running_" in name for name in differing(first["end"]["student"], second["end"]["student"]))
+    assert len(results(folder)) == 4
+
+
 # -- an end from outside --------------------------------------------------------------------------------------------
 
 
@@ -334,18 +356,11 @@ def test_what_is_launched_is_carried_by_value_and_keeps_an_existing_folder(
     trainer.model, trainer.callbacks, trainer.resume = "yolov8n.yaml", {}, False
     trainer.save_dir, trainer.world_size = tmp_path / "kept", 1
     trainer.save_dir.mkdir()
-    assert launch(trainer, Echo("word")) == [{"word": "word", "epochs": 3}]
+    word = "carried"
+    # A local function: only by value can another Python have it.
+    found = launch(trainer, lambda cfg, overrides, callbacks: {"word": word, "epochs": overrides["epochs"]})
+    assert found == [{"word": word, "epochs": 3}]
     assert commands[0][1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "1"]
     assert trainer.save_dir.is_dir()
     assert not Path(commands[0][-1]).exists()
     assert not hasattr(RankRun, "folder")
-
-
-@dataclass(frozen=True)
-class Echo:
-    """Returns what it was given."""
-
-    word: str
-
-    def __call__(self, cfg: Any, overrides: dict[str, Any], callbacks: Any) -> dict[str, Any]:
-        return {"word": self.word, "epochs": overrides["epochs"]}

@@ -196,6 +196,7 @@ def test_a_circle_of_recodings_is_refused(chain: tuple[str, ...]) -> None:
         ("epochs=many", "--set epochs=many: epochs: 'many'; allowed: a whole number, 1 or more"),
         ("arms.cached.cache=find", "--set arms.cached.cache=find: arms.cached.cache: no cache 'find'"),
         ("settings.mosaic=0", "--set settings.mosaic=0: settings.mosaic: changes the pixels"),
+        ("settings.device='0,1'", "time are recorded, takes one device; allowed: one, as device=0"),
         ("epoch=3", "--set epoch=3: epoch: no such key"),
         ("epochs", "--set epochs: is not of the form KEY.KEY=VALUE"),
         ("epochs.x=3", "--set epochs.x=3: epochs holds no keys"),
