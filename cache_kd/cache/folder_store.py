@@ -20,6 +20,7 @@ class FolderStore:
     """The files of a cache in a folder; may be forked and pickled."""
 
     parallel = 1
+    exclusive = True
 
     def __init__(self, place: Path) -> None:
         self.place = place

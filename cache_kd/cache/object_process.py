@@ -51,8 +51,12 @@ class ObjectProcess:
                 connection.send(request)
                 status, answer = connection.recv()
                 return str(status), answer
-            except (EOFError, OSError) as error:
+            except (
+                BaseException
+            ) as error:  # after an interrupt, too, the answer to this request must not be the next one's
                 self._drop(connection)
+                if not isinstance(error, (EOFError, OSError)):
+                    raise
                 if not again:
                     raise CacheKDError(
                         f"the process that talks to the object store ended in the middle of a request ({error}); run "

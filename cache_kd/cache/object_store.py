@@ -68,6 +68,7 @@ class ObjectStore:
     """
 
     parallel = 16
+    exclusive = False
 
     def __init__(self, place: Url, fetching: Fetching | None = None) -> None:
         self.place: Place = place

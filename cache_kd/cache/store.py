@@ -68,6 +68,11 @@ class Store(Protocol):
         """How many calls at once pay: 1 where a call costs little, more where each waits for a server."""
         ...
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether the lock keeps others out; where it does not, what is there may be another writer's."""
+        ...
+
     def where(self, relative: str) -> str:
         """Return the file's full name, for messages."""
         ...

@@ -95,7 +95,7 @@ class CacheWriter:
         if num_images < 1:
             raise SettingError(f"a cache needs at least one image, got {num_images}")
         start = creation.Start(identity, data, tuple(columns), num_images, teacher_arrays)
-        fresh = creation.check_place(store)
+        fresh = creation.check_place(store) and store.exclusive
         store.begin()
         lock = store.lock(shared=shared)
         try:

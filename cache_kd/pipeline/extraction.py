@@ -134,7 +134,7 @@ def to_be_made(path: Place) -> tuple[Place, ...]:
     """Return the place of a cache and the folders around it that are not there yet, the innermost first."""
     if isinstance(path, Path):
         return tuple(folder for folder in (path, *path.parents) if not folder.exists())
-    return (path,) if open_store(path).entries() is None else ()
+    return ()  # nobody is kept out of a bucket: what lies there may be another extraction's beginning
 
 
 def remove_empty(folders: Sequence[Place]) -> None:

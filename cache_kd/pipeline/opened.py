@@ -60,7 +60,7 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files of the cache."""
+        """Bytes of the shards of all views."""
         return self.reader.num_bytes
 
     @cached_property

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,18 @@ def test_a_connection_that_stays_cut_is_one_line(store: ObjectStore, server: Obj
     finally:
         server.wire.mend()
     assert store.read("x", 1) == b"1"
+
+
+def test_after_an_interrupt_answers_belong_to_their_requests(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write("one", b"1")
+    store.write("two", b"2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "recv", lambda self: (_ for _ in ()).throw(KeyboardInterrupt("while waiting")))
+        with pytest.raises(KeyboardInterrupt, match="while waiting"):
+            store.read("one", 1)
+    assert store.read("two", 1) == b"2"
 
 
 def test_a_missing_bucket_is_one_line() -> None:
