@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -24,6 +25,8 @@ GRACE = 5.0
 PATIENCE = 30.0
 """Seconds without any worker after which that is said, again and again."""
 POLL = 0.5
+CONNECT = 5.0
+"""Seconds for an answer of the cluster's head."""
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +78,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_address(address or os.environ.get("RAY_ADDRESS"))
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -91,6 +95,22 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Raise `SettingError` for an address at which nobody listens: Ray 2.60 would wait there for minutes."""
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise SettingError(f"--address {address!r}; allowed: auto, local, or HOST:PORT of the cluster's head")
+    try:
+        socket.create_connection((host, int(port)), CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise SettingError(
+            f"--engine ray: no cluster at {address}: {error}; start one with `ray start --head`, or leave "
+            "--address out for one on this machine"
+        ) from error
 
 
 @dataclass(frozen=True)
