@@ -73,13 +73,10 @@ class Recorded(DistillTrainer):
         super().run_callbacks(event)
 
     def train(self) -> None:
-        try:
-            super().train()
-        finally:
-            if hasattr(self, "at_start"):
-                kept = {"batches": self.batches, "start": self.at_start, "end": self._tensors()}
-                shares = getattr(unwrap_model(self.model), "kd_shares", None)
-                torch.save({**kept, "shares": shares}, self.save_dir.parent / SEEN.format(max(RANK, 0)))
+        super().train()
+        kept = {"batches": self.batches, "start": self.at_start, "end": self._tensors()}
+        shares = getattr(unwrap_model(self.model), "kd_shares", None)
+        torch.save({**kept, "shares": shares}, self.save_dir.parent / SEEN.format(max(RANK, 0)))
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         live = unwrap_model(self.model)
