@@ -51,6 +51,7 @@ class FetchAhead:
             for group in self._groups:
                 if not self._wait_for_room(group):
                     return
+                self._keep()
                 list(pool.map(self._fetch, group))
 
     def _wait_for_room(self, group: Group) -> bool:
@@ -60,6 +61,12 @@ class FetchAhead:
             while not self._closed and self._used < len(self._held) - 1 and self._bytes() > self._store.fetching.limit:
                 self._changed.wait()
             return not self._closed
+
+    def _keep(self) -> None:
+        """Make what is still needed the copies that are deleted last: some of it waits unread since it was fetched."""
+        for group in self._held[self._used : -1]:
+            for entry in group:
+                self._store.keep(entry)
 
     def _bytes(self) -> int:
         return sum({entry.sha256: entry.bytes for group in self._held[self._used :] for entry in group}.values())

@@ -43,6 +43,10 @@ class FetchFolder:
             _touch(path)
         return descriptor
 
+    def keep(self, digest: str) -> None:
+        """Note that the file will be used, if it is there."""
+        _touch(self.path(digest))
+
     def fetch(self, digest: str, size: int, download: Callable[[Callable[[bytes], Any]], None]) -> str:
         """Return the path of the file, which `download` writes to what it is given, checked, unless it is there.
 

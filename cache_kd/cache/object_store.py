@@ -130,6 +130,10 @@ class ObjectStore:
         folder, limit = self._copies.folder, self._copies.limit
         self._ask("fetch", entry.path, entry.bytes, entry.sha256, str(folder), limit)
 
+    def keep(self, entry: FileEntry) -> None:
+        """Delete the local copy of a shard, if there is one, after those that were used before."""
+        self._copies.keep(entry.sha256)
+
     def write(self, relative: str, content: bytes) -> None:
         self._ask("put", relative, content, False)
         self._forget(relative)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from object_servers import BUCKET, ObjectServer
 
+from cache_kd.cache.fetch_ahead import FetchAhead
 from cache_kd.cache.object_process import OBJECTS
 from cache_kd.cache.object_store import Fetching, ObjectStore
 from cache_kd.cache.places import open_store, parse_place
@@ -165,6 +167,39 @@ def test_local_copies_keep_within_their_limit_and_the_last_used_stay(store: Obje
         os.utime(path, (path.stat().st_mtime - 500 + used,) * 2)
     content(store, entries[2])
     assert copies(store) == sorted([entries[0].sha256, entries[2].sha256])
+
+
+def test_what_is_fetched_ahead_is_not_evicted_before_it_is_used(store: ObjectStore, server: ObjectServer) -> None:
+    groups = [[shard(store, f"{n}-{k}", bytes([n, k]) * 500) for k in range(4)] for n in range(3)]  # 2.5 fit
+    before = len(server.wire.requests)
+    ahead = FetchAhead(store, iter(groups))
+    ahead.use(0)
+    _wait_until(lambda: len(copies(store)) == 8)
+    for path in store.fetching.folder.glob("??/*"):
+        os.utime(path, (path.stat().st_mtime - 100,) * 2)
+    for entry in groups[0]:  # used later than the next group was fetched
+        content(store, entry)
+    ahead.use(1)
+    _wait_until(lambda: {entry.sha256 for entry in groups[2]} <= {*copies(store)})
+    ahead.close()
+    assert {entry.sha256 for entry in groups[1]} <= {*copies(store)}
+    assert len(server.wire.requests) == before + 12
+
+
+def test_groups_beyond_the_limit_wait(store: ObjectStore, server: ObjectServer) -> None:
+    groups = [[shard(store, f"{n}-{k}", bytes([n, k]) * 500) for k in range(4)] for n in range(4)]
+    ahead = FetchAhead(store, iter(groups))
+    _wait_until(lambda: len(copies(store)) == 8)
+    time.sleep(0.3)
+    assert copies(store) == sorted(entry.sha256 for group in groups[:2] for entry in group)
+    ahead.close()
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not true() and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert true()
 
 
 def test_a_shard_over_the_limit_is_refused(store: ObjectStore) -> None:
