@@ -10,7 +10,7 @@ from typing import TypeVar
 from cache_kd.errors import SettingError
 
 T = TypeVar("T")
-_PART = re.compile(r"(\d{1,6})/(\d{1,6})")
+_PART = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 
 
 @dataclass(frozen=True)
