@@ -248,12 +248,13 @@ class CacheWriter:
         """Write a unit and return its record, its own or an equal one that came first; None if it has to be redone."""
         self._describe(view)
         started = time.perf_counter()
-        files = []
+        files, replaced = [], list[FileEntry]()
         for entry, content in encode_unit(rows, self._layouts, view, shard):
             if not self.store.create(entry.path, content):
                 if found := self._finished(view, shard):  # never write over what is published
-                    return found
+                    return self._trusted(found, replaced)
                 self.store.write(entry.path, content)
+                replaced.append(entry)
             files.append(entry)
         taken = {} if seconds is None else {**seconds, "write": round(time.perf_counter() - started, 6)}
         record = UnitRecord(view, shard, attempt, environment, tuple(files), taken)
@@ -261,9 +262,16 @@ class CacheWriter:
         if self.store.create(relative, record.content()):
             return record
         other = self._finished(view, shard)
-        if other is not None and other.files == record.files:
-            return other
-        self.store.delete(relative)  # another machine's bytes, of which this one may have replaced some
+        return None if other is None else self._trusted(other, replaced)
+
+    def _trusted(self, found: UnitRecord, replaced: Sequence[FileEntry]) -> UnitRecord | None:
+        """Return another writer's record of a unit that this one was making too; drop it if its files may not be there.
+
+        What this writer created, the other one replaced; what this writer replaced, it may have done after the other.
+        """
+        if {*replaced} <= {*found.files}:
+            return found
+        self.store.delete(record_path(found.view, found.shard))
         return None
 
     def finish(self, views: Sequence[View], manifest: dict[str, Any]) -> Manifest:

@@ -41,6 +41,11 @@ def rounded(rows: Rows) -> Rows:
     return {**rows, "half": [row + np.float16(1) for row in rows["half"]]}
 
 
+def rounded_features(rows: Rows) -> Rows:
+    """The same for features; the shard has as many bytes."""
+    return {**rows, "features": [row[::-1].copy() for row in rows["features"]]}
+
+
 def meanwhile(monkeypatch: pytest.MonkeyPatch, name: str, do: Any) -> None:
     """Have `do` happen once, right before a file of this name is created."""
     before, happened = FolderStore.create, []
@@ -78,18 +83,43 @@ def test_two_make_one_unit(
         assert made.environment == {"host": "there"}, "the record that came first stays"
 
 
-def test_two_that_never_agree_stop(
-    pair: tuple[CacheWriter, CacheWriter], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("other", [False, True])
+def test_a_published_file_that_was_replaced_all_the_same_takes_the_record_with_it(
+    pair: tuple[CacheWriter, CacheWriter], monkeypatch: pytest.MonkeyPatch, other: bool
 ) -> None:
+    """A dead writer left a file; the first sees no record and replaces it after the second has published the unit."""
     first, second = pair
-    rows, before = unit_rows(first, MIXED), FolderStore.create
+    rows, before, published = unit_rows(first, MIXED), FolderStore.write, list[str]()
+    left = "views/mixed-0000/features/c/0/0"
+    first.store.write(left, b"left behind")
 
-    def create(self: FolderStore, relative: str, content: bytes) -> bool:
-        if self is first.store and relative == RECORD:
-            second.write_unit(MIXED, 0, rounded(rows), ENVIRONMENT)
-        return before(self, relative, content)
+    def write(self: FolderStore, relative: str, content: bytes) -> None:
+        if self is first.store and relative == left and not published:
+            published.append(relative)
+            second.write_unit(MIXED, 0, rounded_features(rows) if other else rows, {"host": "there"})
+        before(self, relative, content)
 
-    monkeypatch.setattr(FolderStore, "create", create)
+    monkeypatch.setattr(FolderStore, "write", write)
+    made = first.write_unit(MIXED, 0, rows, ENVIRONMENT)
+    assert published and made.environment == (ENVIRONMENT if other else {"host": "there"})
+    write_rest(first, MIXED)
+    first.finish([MIXED], GIVEN)
+    second.close()
+    report = verify_cache(Path(str(first.place)))
+    assert report.ok, report.faults
+
+
+def test_two_that_never_agree_stop(pair: tuple[CacheWriter, CacheWriter], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pair
+    rows, before = unit_rows(first, MIXED), FolderStore.write
+
+    def write(self: FolderStore, relative: str, content: bytes) -> None:
+        if self is first.store and "features/c" in relative:
+            second.write_unit(MIXED, 0, rounded_features(rows), ENVIRONMENT)
+        before(self, relative, content)
+
+    first.store.write("views/mixed-0000/features/c/0/0", b"left behind")
+    monkeypatch.setattr(FolderStore, "write", write)
     with pytest.raises(
         CacheKDError, match=r"mixed-0000-00000.json: other writers make this unit too, with other bytes"
     ):
