@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,8 +29,8 @@ class Wire:
         self.port: int = self._listener.getsockname()[1]
         self.requests: list[tuple[str, str]] = []
         self._open: set[socket.socket] = set()
-        self.slow = 0.0
-        """Seconds by which every request is held back."""
+        self.before: Callable[[str, str], None] = lambda method, path: None
+        """Called with method and path of every request before it is passed on."""
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket()
@@ -75,8 +76,8 @@ class Wire:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 if asks and (found := _REQUEST.match(data)):
-                    time.sleep(self.slow)
                     self.requests.append((found[1].decode(), found[2].decode()))
+                    self.before(*self.requests[-1])
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):

@@ -240,20 +240,51 @@ def test_only_what_the_losses_need_is_fetched(
     assert {"logits", "logits_length", "pixel_hash"} <= columns
 
 
+def cut_at_a_shard(server: ObjectServer, number: int, *, mended_after: float | None) -> list[str]:
+    """Have the wire cut in the middle of the request for the shard of this number; returns those asked for so far."""
+    asked: list[str] = []
+
+    def before(method: str, path: str) -> None:
+        if method == "GET" and "/c/" in path and "views" in path:
+            asked.append(path)
+            if len(asked) == number:
+                server.wire.cut()
+                if mended_after is not None:
+                    threading.Timer(mended_after, server.wire.mend).start()
+
+    server.wire.before = before
+    return asked
+
+
+@pytest.fixture
+def watched(server: ObjectServer) -> Iterator[None]:
+    """Leave the wire as it was."""
+    yield
+    server.wire.before = lambda method, path: None
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("watched", "fetched")
 def test_training_goes_on_when_the_connection_is_back(
-    local: Extracted, remote: Extracted, server: ObjectServer, data_file: Path, tmp_path: Path, fetched: Path
+    local: Extracted, remote: Extracted, server: ObjectServer, data_file: Path, tmp_path: Path
 ) -> None:
-    cut: list[bool] = []
-
-    def disturb(trainer: Any, batch: Any) -> None:
-        if not cut:
-            cut.append(True)
-            server.wire.cut()
-            threading.Timer(1.5, server.wire.mend).start()
-
     here = learnt(local.path, tmp_path / "here", data=data_file)
-    assert equal(here, learnt(remote.path, tmp_path / "there", data=data_file, before_batch=disturb))
+    asked = cut_at_a_shard(server, 3, mended_after=1.5)
+    assert equal(here, learnt(remote.path, tmp_path / "there", data=data_file))
+    assert len(asked) > len(set(asked)) > 3
+
+
+@pytest.mark.usefixtures("watched", "fetched")
+def test_training_ends_in_one_line_when_the_connection_stays_away(
+    remote: Extracted, server: ObjectServer, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHE_KD_RETRY_SECONDS", "1")
+    cut_at_a_shard(server, 3, mended_after=None)
+    try:
+        with pytest.raises(CacheKDError, match=r"^s3://\S+: the object store cannot be used, after trying for 1 s"):
+            train_student(remote.path, tmp_path, "ld", data=data_file, workers=1)
+    finally:
+        server.wire.mend()
 
 
 @pytest.mark.parametrize("harm", ["changed", "torn", "missing"])
