@@ -1,4 +1,4 @@
-"""In: the newest records of the benchmarks. Out: the Markdown tables of docs/fidelity.md and docs/speed.md."""
+"""In: the newest records of the benchmarks. Out: the Markdown tables of docs/fidelity.md, speed.md and cluster.md."""
 
 from __future__ import annotations
 
@@ -137,6 +137,23 @@ def extraction_table() -> str:
     return rows(head, body) + made_by(record, "python scripts/bench/extraction.py")
 
 
+def engines_table() -> str:
+    """Return seconds and memory of one extraction by each engine."""
+    record = newest("engines")
+    body = []
+    for arm, found in record["figures"]["arms"].items():
+        ray = found["ray_memory"]["median"]
+        memory = f"{found['memory']['median'] / 1e9:.2f} GB" + (f" + {ray / 1e9:.2f} GB of Ray" if ray else "")
+        times = [f"{found[key]['median']:.1f} s" for key in ("seconds", "first_unit", "extracting")]
+        body.append([arm, *times, spread(found["over_one_process"]), memory])
+    head = ["who", "the command", "until its first unit", "extracting", "over one process [range]", "memory at most"]
+    settings, figures = record["settings"], record["figures"]
+    load = settings["load"]
+    same = "one digest" if len(figures["digests"]) == 1 else "DIFFERENT digests"
+    about = f"\n{figures['items']} items of {settings['imgsz']} px, {same}; load of the machine {load:.1f}.\n"
+    return rows(head, body) + about + made_by(record, "python scripts/bench/engines.py")
+
+
 def reader_table() -> str:
     """Return the samples a second of our reader and of others, the same rows in every store."""
     record = newest("reader")
@@ -195,4 +212,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "reader": reader_table,
     "whole-job": whole_job_table,
     "estimate": estimate_table,
+    "engines": engines_table,
 }
