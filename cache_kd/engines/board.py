@@ -105,7 +105,6 @@ class Board:
         self._fresh, self._again = deque(units), deque[Hashable]()
         self._items = items or {}
         self._held: dict[int, dict[Hashable, int]] = {}
-        self._tried: set[Hashable] = set()
         self._done: set[Hashable] = set()
         self._barren: dict[int, int] = {}
         self._abandoned = ""
@@ -144,7 +143,7 @@ class Board:
     def take(self, worker: int) -> Any | None:
         """Return the next unit for a worker, which holds it from now on; None: there is none for it now."""
         held = self._held.setdefault(worker, {})
-        if self.hopeless or self._tried & held.keys():
+        if self.hopeless:
             return None
         if self._fresh:
             unit = self._fresh.popleft()
@@ -191,6 +190,5 @@ class Board:
     def _try_again(self, unit: Hashable, reason: str) -> None:
         if unit in self._done:
             return
-        self._tried.add(unit)
         self._again.append(unit)
         self.faults[unit] = reason
