@@ -50,8 +50,8 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
 def check_values(name: str, given: dict[str, Any]) -> None:
     """Raise the program's own error for values that click passes on as words."""
     from cache_kd.codecs import FIDELITIES
-    from cache_kd.losses import parse_losses
     from cache_kd.config import parse_size
+    from cache_kd.losses import parse_losses
     from cache_kd.structures import STORES, View
     from cache_kd.views.packing import parse_packing
 

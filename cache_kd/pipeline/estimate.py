@@ -89,8 +89,7 @@ class Estimate:
             f"{self.path}: {self.images} images at {self.imgsz} px, {self.probed.items} items looked at",
             f"  an item   view {_ms(seconds.views)}, teacher {_ms(seconds.teacher)} (forward pass "
             f"{_ms(seconds.forward)}), coding {_ms(seconds.encode[chosen.fidelity])}",
-            f"  disk      writes {megabytes(self.write_rate)}/s, {room}"
-            + (", which is too little" if short else ""),
+            f"  disk      writes {megabytes(self.write_rate)}/s, {room}" + (", which is too little" if short else ""),
             f"  training  a plain step of {STUDENT} here makes {self.step_rate:.0f} images/s; reading is for "
             f"{', '.join(self.losses)} at that rate",
             "",

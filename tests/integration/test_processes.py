@@ -124,3 +124,26 @@ def test_an_interrupt_ends_all_and_leaves_a_whole_cache(digest: str, teacher: Pa
     assert (View("mixed", 3).name not in str(list((path / "units").iterdir()))) and not list(path.rglob(".tmp-*"))
     done = run(teacher, few, path, processes=1)
     assert done.manifest is not None and done.manifest.digest == digest
+
+
+@pytest.mark.slow
+def test_processes_whose_driver_is_killed_end_too(digest: str, teacher: Path, few: Path, tmp_path: Path) -> None:
+    module, path = poison(tmp_path, "none", "pass"), tmp_path / "cache"
+    module.write_text(module.read_text().replace("if name == 'none':", "if time.sleep(0.3) is None:"))
+    words = [
+        sys.executable, "-m", "cache_kd", "extract", "--teacher", str(teacher), "--data", str(few),
+        "--cache", str(path), "--imgsz=64", "--batch=2", "--device=cpu", "--workers=0", "--threads=1",
+        "--processes=2", f"--views={VIEWS - 1}", f"--import={module}",
+    ]  # fmt: skip
+    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(path.glob("units/*.json")):
+        assert started.poll() is None
+        time.sleep(0.02)
+    children = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert children and not alive
+    assert Attempts(open_store(path)).counted() == {}
+    done = run(teacher, few, path)
+    assert done.manifest is not None and done.manifest.digest == digest

@@ -140,6 +140,7 @@ def test_the_newest_cache_of_a_bucket_is_found(remote: Extracted, monkeypatch: p
     assert newest_cache()[0] == remote.path
 
 
+@pytest.mark.slow
 def test_an_extraction_goes_on_when_the_connection_is_back(
     teacher: Path, data_file: Path, local: Extracted, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,14 +220,14 @@ def test_two_extractions_at_once_record_each_unit_once(
 def test_training_from_the_bucket_is_training_from_the_folder(
     local: Extracted, remote: Extracted, server: ObjectServer, data_file: Path, tmp_path: Path, fetched: Path
 ) -> None:
-    here = learnt(local.path, tmp_path / "here", data=data_file, workers=2)
+    here = learnt(local.path, tmp_path / "here", data=data_file)
     before = len(server.wire.requests)
     there = learnt(remote.path, tmp_path / "there", data=data_file, workers=2)
     assert equal(here, there)
     asked = shards_asked(server, before)
     assert len(asked) == len(set(asked)) > 0
     again = len(server.wire.requests)
-    learnt(remote.path, tmp_path / "again", data=data_file, workers=2)
+    learnt(remote.path, tmp_path / "again", data=data_file)
     assert shards_asked(server, again) == []
 
 

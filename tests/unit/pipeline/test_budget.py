@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_kd.config import parse_size
 from cache_kd.errors import DiskSpaceError, SettingError
 from cache_kd.pipeline.budget import MARGIN, ViewBytes, choose
-from cache_kd.config import parse_size
 from cache_kd.pipeline.sizes import duration, megabytes
 
 SIZES = {
