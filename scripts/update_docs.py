@@ -23,6 +23,7 @@ from cache_kd.structures import Column, HeadSpec, Tap
 from cache_kd.views.packing import JpegPixels
 from scripts.measured_tables import TABLES as MEASURED
 from scripts.measured_tables import newest, rows
+from scripts.results_tables import TABLES as RESULTS
 from scripts.scale_tables import TABLES as SCALE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +145,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "every-loss": every_loss_table,
     "format-columns": format_columns_table,
     **MEASURED,
+    **RESULTS,
     **SCALE,
 }
 

@@ -1,0 +1,81 @@
+"""In: the kept records of the recipes' runs. Out: the Markdown tables of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+
+from cache_kd.pipeline.reporting import report
+from cache_kd.report.blocks import NOTHING, Block, Section, Table
+from cache_kd.report.contents import contents
+from cache_kd.report.findings import Findings, headline
+from cache_kd.report.markdown import plain, table
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+SCORES, BUDGET, COST = "in points", "mean over seeds", "Cost"
+"""Words in the captions of the report's tables."""
+
+
+@cache
+def findings(recipe: str) -> Findings:
+    """Return what the report says of a recipe's kept runs."""
+    return report([RESULTS / recipe])
+
+
+def _tables(blocks: tuple[Block, ...]) -> Iterator[Table]:
+    for block in blocks:
+        if isinstance(block, Table):
+            yield block
+        elif isinstance(block, Section):
+            yield from _tables(block.blocks)
+
+
+def report_table(recipe: str, *captions: str) -> str:
+    """Return the report's first table for each caption that holds the words given, and where it comes from."""
+    found = findings(recipe)
+    every = [one for section in contents(found) for one in _tables(section.blocks)]
+    parts = [table(_said(next(one for one in every if words in one.caption))) for words in captions]
+    return "\n\n".join([*parts, _origin(recipe, found)]) + "\n"
+
+
+def _said(one: Table) -> Table:
+    """Return a table without the columns that say nothing in any row."""
+    told = [at for at in range(len(one.head)) if any(row[at] != NOTHING for row in one.rows)]
+    return Table(
+        one.caption, tuple(one.head[at] for at in told), tuple(tuple(row[at] for at in told) for row in one.rows)
+    )
+
+
+def verdict(recipe: str) -> str:
+    """Return the report's headline on a recipe's runs."""
+    return "".join(f"**{plain(headline(group))}**\n" for group in findings(recipe).groups)
+
+
+def _origin(recipe: str, found: Findings) -> str:
+    records = [run.record for run in found.runs]
+    days = sorted({record.started[:10] for record in records})
+    machine, versions = records[0].machine, records[0].versions
+    device = machine.gpu or f"{machine.processor}, {machine.threads} thread a run"
+    known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "ultralytics", "cache-kd"))
+    return (
+        f"{len(records)} runs, {' to '.join(dict.fromkeys((days[0], days[-1])))}, {device}, {known}; "
+        f"`cache-kd run pipelines/{recipe}.yaml`, `cache-kd report docs/results/{recipe}`."
+    )
+
+
+RECIPES = {
+    "loss_ablation": (SCORES,),
+    "views_curve": (SCORES,),
+    "fidelity_ablation": (SCORES,),
+    "offline_vs_online": (SCORES, BUDGET, COST),
+}
+TABLES: dict[str, Callable[[], str]] = {
+    name: made
+    for recipe, captions in RECIPES.items()
+    if (RESULTS / recipe).is_dir()
+    for name, made in (
+        (f"results {recipe}", partial(report_table, recipe, *captions)),
+        (f"verdict {recipe}", partial(verdict, recipe)),
+    )
+}
