@@ -82,6 +82,7 @@ def test_parts_in_any_order_are_the_whole(
     assert {file.name for file in path.iterdir()} == {file.name for file in Path(str(whole.path)).iterdir()}
 
 
+@pytest.mark.slow
 def test_parts_at_once_are_the_whole(whole: Extracted, teacher: Path, few: Path, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     parts = [
