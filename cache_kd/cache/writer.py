@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -18,7 +17,6 @@ from cache_kd.cache.extraction_plan import GIVEN, Plan, read_plan
 from cache_kd.cache.files import parse_json, seal, sha256
 from cache_kd.cache.layout import FORMAT, check_columns, group_metadata, layouts
 from cache_kd.cache.manifest import (
-    MAX_JSON_BYTES,
     NAME,
     Manifest,
     columns_to_json,
@@ -27,22 +25,19 @@ from cache_kd.cache.manifest import (
 )
 from cache_kd.cache.places import open_store
 from cache_kd.cache.records import (
-    UNITS,
     FileEntry,
     UnitRecord,
-    parse_record,
     record_path,
-    recorded_unit,
     shards_json,
     shards_path,
 )
 from cache_kd.cache.store import Lock, Place, Store
+from cache_kd.cache.unit_records import UnitRecords
 from cache_kd.cache.units import check_rows, encode_unit
 from cache_kd.errors import CacheKDError, DamagedCacheError, MissingFileError, SettingError
 from cache_kd.fingerprint import canonical_json, digest_json
 from cache_kd.structures import Column, HeadSpec, View
 
-_LISTED = 8
 _RACES = 3
 """How often a unit is written again because another machine made other bytes of it at the same time."""
 _log = logging.getLogger(__name__)
@@ -62,6 +57,7 @@ class CacheWriter:
         self.attempts = Attempts(store)
         self._lock = lock
         self._layouts = layouts(begun.columns, begun.num_images, begun.shard_size)
+        self.records = UnitRecords(store, self._layouts, self._hold)
         self._described: set[View] = set()
         self._attempt: dict[tuple[View, int], int] = {}
 
@@ -147,20 +143,11 @@ class CacheWriter:
 
     def done(self, view: View, shard: int) -> bool:
         """Return whether the unit is finished; a record whose files are gone or of another size is dropped."""
-        return self._finished(view, shard) is not None
-
-    def record(self, view: View, shard: int) -> UnitRecord | None:
-        """Return the record of a unit that is `done`, None of another one."""
-        return self._finished(view, shard)
+        return self.records.find(view, shard) is not None
 
     def unfinished(self, units: Sequence[tuple[View, int]]) -> list[tuple[View, int]]:
         """Return those of `units` that are not `done`, in their order."""
-        records = self._each(lambda unit: self._finished(*unit), units)
-        return [unit for unit, record in zip(units, records, strict=True) if record is None]
-
-    def recorded(self) -> set[tuple[View, int]]:
-        """Return the units of which there is a record, by their names alone."""
-        return {unit for path, _ in self.store.files(UNITS) if (unit := recorded_unit(path)) is not None}
+        return [unit for unit, record in zip(units, self.records.find_all(units), strict=True) if record is None]
 
     def plan(self, views: Sequence[View], manifest: dict[str, Any], parts: int = 1) -> None:
         """Write down what `finish` is going to say, for who has to do that without teacher and data set.
@@ -221,8 +208,8 @@ class CacheWriter:
             )
         check_rows(rows, self.begun.columns, self.samples(shard), shard)
         self._hold()
-        earlier = self._attempts(view, shard)
-        record = self._finished(view, shard)
+        earlier = self.records.attempts(view, shard)
+        record = self.records.find(view, shard)
         for _ in range(_RACES):
             if record is not None:
                 break
@@ -251,7 +238,7 @@ class CacheWriter:
         files, replaced = [], list[FileEntry]()
         for entry, content in encode_unit(rows, self._layouts, view, shard):
             if not self.store.create(entry.path, content):
-                if found := self._finished(view, shard):  # never write over what is published
+                if found := self.records.find(view, shard):  # never write over what is published
                     return self._trusted(found, replaced)
                 self.store.write(entry.path, content)
                 replaced.append(entry)
@@ -261,7 +248,7 @@ class CacheWriter:
         relative = record_path(view, shard)
         if self.store.create(relative, record.content()):
             return record
-        other = self._finished(view, shard)
+        other = self.records.find(view, shard)
         return None if other is None else self._trusted(other, replaced)
 
     def _trusted(self, found: UnitRecord, replaced: Sequence[FileEntry]) -> UnitRecord | None:
@@ -271,7 +258,7 @@ class CacheWriter:
         """
         if {*replaced} <= {*found.files}:
             return found
-        self.store.delete(record_path(found.view, found.shard))
+        self.records.drop(found.view, found.shard)
         return None
 
     def finish(self, views: Sequence[View], manifest: dict[str, Any]) -> Manifest:
@@ -288,7 +275,7 @@ class CacheWriter:
         every = sorted({*views, *self._earlier_views()})
         if not every:
             raise SettingError("a cache needs at least one view, got none")
-        entries = self._collect(every)
+        entries = self.records.files([(view, shard) for view in every for shard in self.units(view)])
         shards: dict[str, str] = {}
         for view in every:
             content = shards_json(view, entries[view])
@@ -345,50 +332,6 @@ class CacheWriter:
         if self.store.size(relative) != len(content) or self.store.read(relative, len(content)) != content:
             self.store.write(relative, content)
 
-    def _read_record(self, view: View, shard: int) -> Any:
-        """Return the JSON of the unit's record; None if there is no such file."""
-        relative = record_path(view, shard)
-        content = self.store.find(relative, MAX_JSON_BYTES)
-        return None if content is None else parse_json(content, self.store.where(relative))
-
-    def _attempts(self, view: View, shard: int) -> int:
-        """Return how often the unit was recorded before, as far as its record tells."""
-        try:
-            data = self._read_record(view, shard)
-        except DamagedCacheError:
-            return 1
-        return data["attempt"] if isinstance(data, dict) and type(data.get("attempt")) is int else 0
-
-    def _finished(self, view: View, shard: int) -> UnitRecord | None:
-        """Return the record of a finished unit; drops one that the files do not bear out, with a warning."""
-        try:
-            data = self._read_record(view, shard)
-            if data is None:
-                return None
-            record = parse_record(data, view, shard, self._layouts)
-            for entry in record.files:
-                self._check_file(entry)
-            return record
-        except DamagedCacheError as error:
-            _log.warning("%s shard %d is done again: %s", view.name, shard, error)
-        self._hold()
-        self.store.delete(record_path(view, shard))
-        return None
-
-    def _each(self, call: Callable[[tuple[View, int]], Any], units: Sequence[tuple[View, int]]) -> list[Any]:
-        """Return what `call` says of each unit, asked at once where a server answers."""
-        if self.store.parallel < 2:
-            return [call(unit) for unit in units]
-        with ThreadPoolExecutor(self.store.parallel) as pool:
-            return list(pool.map(call, units))
-
-    def _check_file(self, entry: FileEntry) -> None:
-        size = self.store.size(entry.path)
-        if size is None:
-            raise DamagedCacheError(f"{self.store.where(entry.path)} is missing")
-        if size != entry.bytes:
-            raise DamagedCacheError(f"{self.store.where(entry.path)} has {size} bytes, its record says {entry.bytes}")
-
     def _earlier_views(self) -> tuple[View, ...]:
         if not self.store.exists(NAME):
             return ()
@@ -397,25 +340,6 @@ class CacheWriter:
         except DamagedCacheError as error:
             _log.warning("the earlier manifest is replaced: %s", error)
             return ()
-
-    def _collect(self, views: Sequence[View]) -> dict[View, list[FileEntry]]:
-        """Return the files of each view from the unit records; raises `DamagedCacheError` listing missing units."""
-        entries: dict[View, list[FileEntry]] = {view: [] for view in views}
-        missing: list[str] = []
-        units = [(view, shard) for view in views for shard in self.units(view)]
-        records = self._each(lambda unit: self._finished(*unit), units)
-        for (view, shard), record in zip(units, records, strict=True):
-            if record is None:
-                missing.append(f"{view.name} shard {shard}")
-            else:
-                entries[view] += record.files
-        if missing:
-            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-            raise DamagedCacheError(
-                f"{self.place}: unfinished, missing {', '.join(missing[:_LISTED])}{more}; "
-                "run the same `cache-kd extract` again"
-            )
-        return entries
 
     def _manifest(
         self, views: Sequence[View], shards: dict[str, str], entries: dict[View, list[FileEntry]], given: dict[str, Any]

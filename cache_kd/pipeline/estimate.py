@@ -11,8 +11,8 @@ from cache_kd.cache.store import Place
 from cache_kd.codecs import FIDELITIES, ViewCodec
 from cache_kd.pipeline.default_losses import arrays_read, default_losses
 from cache_kd.pipeline.extract_settings import DEFAULT_FIDELITY, ExtractSettings
-from cache_kd.pipeline.extraction import Plan, budget_fidelities, make_plan, within_budget
 from cache_kd.pipeline.forecast import Forecast, forecast
+from cache_kd.pipeline.preparation import Plan, budget_fidelities, make_plan, within_budget
 from cache_kd.pipeline.probe import ITEMS, MOST_ITEMS, Probed, torch_threads
 from cache_kd.pipeline.sizes import duration, megabytes
 from cache_kd.pipeline.versions import cpu_threads

@@ -38,7 +38,7 @@ def finish(place: Place, *, say: Callable[[str], None]) -> Extracted:
         return Extracted(place, reader.manifest, reader.num_bytes, 0, time.perf_counter() - started)
     with CacheWriter.open_begun(place, shared=True) as writer:
         units = all_units(writer, plan.views)
-        recorded = writer.recorded()
+        recorded = writer.records.named()
         if missing := [(n, unit) for n, unit in enumerate(units) if (unit.view, unit.shard) not in recorded]:
             raise DamagedCacheError(_missing(store, plan, dict(missing), len(units)))
         manifest = writer.finish(plan.views, dict(plan.manifest))

@@ -22,6 +22,8 @@ from cache_kd.ultralytics_bridge.teacher import Teacher
 ITEMS = 24
 """Items of each kind of view that an estimate looks at first."""
 MOST_ITEMS = 192
+PROBE_ITEMS = 16
+"""Items of each kind of view that are looked at before an extraction."""
 TOLERANCE = 0.02
 """Standard error of the mean bytes, relative, above which more items are looked at."""
 

@@ -20,8 +20,9 @@ from cache_kd.codecs.logits import SparseLogits
 from cache_kd.errors import CacheKDError, MismatchError, SettingError, choices
 from cache_kd.fingerprint import OtherIdentityError
 from cache_kd.pipeline.contents import stored_columns
-from cache_kd.pipeline.extraction import Extracted, nothing_left, remove_empty, to_be_made
+from cache_kd.pipeline.extraction import Extracted
 from cache_kd.pipeline.identity import RECODED, recodings
+from cache_kd.pipeline.leftovers import nothing_left, remove_empty, to_be_made
 from cache_kd.pipeline.locations import default_cache_path
 from cache_kd.pipeline.opened import Cache
 from cache_kd.pipeline.versions import version_differences

@@ -17,8 +17,8 @@ from cache_kd.cache.verify import VerifyReport, verify_cache
 from cache_kd.errors import MismatchError, SettingError
 from cache_kd.fingerprint import differences, listed
 from cache_kd.pipeline.extract_settings import ExtractSettings, loader_workers
-from cache_kd.pipeline.extraction import Job, prepare
 from cache_kd.pipeline.opened import recorded_data_file
+from cache_kd.pipeline.preparation import Job, prepare
 from cache_kd.pipeline.probe import torch_threads
 from cache_kd.pipeline.verification import Verification
 from cache_kd.pipeline.versions import cpu_threads

@@ -15,7 +15,8 @@ import torch
 
 from cache_kd.cache.units import measure_rows
 from cache_kd.codecs import FIDELITIES
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline.extract_settings import ExtractSettings
+from cache_kd.pipeline.preparation import prepare
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.structures import View
 from cache_kd.teacher.extract import PIXEL_HASH
@@ -31,8 +32,8 @@ def main(pairs: tuple[tuple[Path, Path, int], ...], items: int) -> None:
     figures = {}
     for teacher, data, imgsz in pairs:
         with tempfile.TemporaryDirectory() as folder:
-            settings = extraction.ExtractSettings(teacher, data, Path(folder) / "c", imgsz=imgsz)
-            job = extraction.prepare(settings, click.echo)
+            settings = ExtractSettings(teacher, data, Path(folder) / "c", imgsz=imgsz)
+            job = prepare(settings, click.echo)
             job.writer.close()
             keys = [
                 (View("mixed", n % 4) if n % 8 else View("plain", 0), n * 3 % len(job.dataset)) for n in range(items)
@@ -43,7 +44,7 @@ def main(pairs: tuple[tuple[Path, Path, int], ...], items: int) -> None:
             raw += targets[0].scores.nbytes + targets[0].boxes.nbytes
             for name in FIDELITIES:
                 one = replace(settings, fidelity=name, cache=Path(folder) / name)
-                other = extraction.prepare(one, click.echo)
+                other = prepare(one, click.echo)
                 rows: dict[str, list] = {}
                 for row in map(other.codec.encode, targets):
                     for column, values in row.items():

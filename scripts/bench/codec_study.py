@@ -38,7 +38,8 @@ from ultralytics.nn.tasks import DetectionModel
 from cache_kd.codecs.features import ChannelFeatures, HalfFeatures
 from cache_kd.codecs.pair_features import PairFeatures
 from cache_kd.losses import LOSSES
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline.extract_settings import ExtractSettings
+from cache_kd.pipeline.preparation import prepare
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.structures import DetectorOutput, HeadSpec, Labels, TargetBatch
 from cache_kd.structures import View as ViewName
@@ -139,7 +140,7 @@ class Case:
 
 def make_case(teacher: Path, data: Path, imgsz: int, trained: Path, items: int, fit_steps: int) -> Case:
     with tempfile.TemporaryDirectory() as folder:
-        job = extraction.prepare(extraction.ExtractSettings(teacher, data, Path(folder) / "c", imgsz=imgsz), click.echo)
+        job = prepare(ExtractSettings(teacher, data, Path(folder) / "c", imgsz=imgsz), click.echo)
         job.writer.close()
         torch.set_num_threads(cpu_threads())
         keys = [

@@ -22,7 +22,8 @@ import numpy as np
 import record
 import torch
 
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline.extract_settings import ExtractSettings
+from cache_kd.pipeline.preparation import prepare
 from cache_kd.pipeline.versions import cpu_threads
 from cache_kd.structures import View
 from cache_kd.teacher.extract import Unit, ViewBatches, extract_units
@@ -31,10 +32,10 @@ from cache_kd.ultralytics_bridge.teacher import load_teacher
 
 def prepared(teacher: Path, data: Path, folder: str, views: int, fidelity: str, batch: int) -> Any:
     """Return an extraction that has not begun."""
-    settings = extraction.ExtractSettings(
+    settings = ExtractSettings(
         teacher, data, Path(folder) / "cache", views=views, plain_views=0, fidelity=fidelity, batch=batch
     )
-    job = extraction.prepare(settings, click.echo)
+    job = prepare(settings, click.echo)
     torch.set_num_threads(cpu_threads())
     return job
 

@@ -20,7 +20,7 @@ import record
 from cache_kd.cache.layout import shard_size
 from cache_kd.codecs import FIDELITIES
 from cache_kd.pipeline.extract_settings import ExtractSettings
-from cache_kd.pipeline.extraction import make_plan
+from cache_kd.pipeline.preparation import make_plan
 from cache_kd.structures import View
 
 PATH = click.Path(path_type=Path)

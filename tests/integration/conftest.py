@@ -77,10 +77,10 @@ def bccd_checkpoint(bccd_teacher: Path) -> Checkpoint:
 @pytest.fixture
 def loaded_once(bccd_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a test that changes no teacher the reading of one."""
-    from cache_kd.pipeline import extraction
+    from cache_kd.pipeline import preparation
 
     fresh = replace(bccd_checkpoint, model=copy.deepcopy(bccd_checkpoint.model))
-    monkeypatch.setattr(extraction, "load_teacher", lambda path, trusted: fresh)
+    monkeypatch.setattr(preparation, "load_teacher", lambda path, trusted: fresh)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cache_kd.errors import MismatchError
-from cache_kd.pipeline.extraction import ExtractSettings, prepare
+from cache_kd.pipeline.extraction import ExtractSettings
+from cache_kd.pipeline.preparation import prepare
 
 
 def settings(teacher: Path, data: Path, cache: Path | None, **changes: Any) -> ExtractSettings:

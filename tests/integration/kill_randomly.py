@@ -24,7 +24,7 @@ from kill_extraction import SHARD, start
 from small_inputs import without_times
 
 from cache_kd.cache import creation, layout, writer
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline import extraction, preparation
 from cache_kd.teacher import extract as loop
 
 STAGES = ((1, 0), (2, 1))
@@ -138,8 +138,8 @@ def run(teacher: str, data: str, folder: Path, count: int, seed: int) -> None:
     # A kill loses nothing that was written, synced or not, and on a busy disk most moments would be those of syncing.
     os.fsync = lambda _: None
     os.sched_setaffinity(0, {random.choice([*os.sched_getaffinity(0)])})  # one thread each
-    loaded = extraction.load_teacher(Path(teacher))
-    extraction.load_teacher = lambda *_, **__: loaded
+    loaded = preparation.load_teacher(Path(teacher))
+    preparation.load_teacher = lambda *_, **__: loaded
     now = mmap.mmap(-1, 1)
     watch(now)
     reference = folder / "whole"

@@ -23,7 +23,7 @@ from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.verify import verify_cache
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.errors import CacheKDError
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.structures import Column, HeadSpec, Tap, View
 
@@ -44,7 +44,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards a view, and one thread."""
     monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
-    monkeypatch.setattr(extraction, "cpu_threads", lambda: 1)
+    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 def run(teacher: Path, data: Path, path: Path, mixed: int, plain: int = 0) -> Extracted:

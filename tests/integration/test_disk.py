@@ -18,7 +18,7 @@ from student_runs import gradients, results, resume, train_student
 from cache_kd.cache import files, layout
 from cache_kd.cache.verify import verify_cache
 from cache_kd.errors import CacheKDError, DiskSpaceError
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
@@ -94,7 +94,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
-    monkeypatch.setattr(extraction, "cpu_threads", lambda: 1)
+    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 def run(teacher: Path, data: Path, path: Path, progress: Any = None, mixed: int = 2) -> Extracted:

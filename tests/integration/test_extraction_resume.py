@@ -17,7 +17,7 @@ from small_inputs import build_model, save_model, small_data
 from cache_kd.cache import layout
 from cache_kd.cache.verify import verify_cache
 from cache_kd.errors import DamagedCacheError, MismatchError
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.structures import View
@@ -41,7 +41,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards a view, and one thread, which on a busy machine waits for no other."""
     monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
-    monkeypatch.setattr(extraction, "cpu_threads", lambda: 1)
+    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 def run(teacher: Path, data: Path, path: Path, mixed: int = 2, plain: int = 1, **options: Any) -> Extracted:

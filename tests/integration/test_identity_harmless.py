@@ -17,8 +17,9 @@ from identity_inputs import rename, saved_with, settings
 from student_runs import FAST
 
 from cache_kd.pipeline import versions
-from cache_kd.pipeline.extraction import Extracted, extract, prepare
+from cache_kd.pipeline.extraction import Extracted, extract
 from cache_kd.pipeline.opened import Cache
+from cache_kd.pipeline.preparation import prepare
 from cache_kd.pipeline.train_settings import TrainSettings
 from cache_kd.pipeline.training import train
 from cache_kd.pipeline.verification import verify

@@ -21,7 +21,7 @@ from cache_kd.cache.manifest import read_root
 from cache_kd.cli import main
 from cache_kd.config import read_yaml
 from cache_kd.errors import DamagedCacheError, MismatchError
-from cache_kd.pipeline import extraction, verification
+from cache_kd.pipeline import preparation, verification
 from cache_kd.pipeline.extraction import ExtractSettings, extract
 from cache_kd.pipeline.inspection import describe, lines
 from cache_kd.pipeline.opened import Cache
@@ -302,7 +302,7 @@ def test_packing_is_part_of_the_identity(few_images: Path, png_cache: Path, bccd
     settings = [ExtractSettings(bccd_teacher, few_images, imgsz=64, pack=spec) for spec in ("jpeg", "jpeg:95", "png")]
     identities = []
     for number, one in enumerate(settings):
-        job = extraction.prepare(ExtractSettings(**{**vars(one), "cache": tmp_path / str(number)}), print)
+        job = preparation.prepare(ExtractSettings(**{**vars(one), "cache": tmp_path / str(number)}), print)
         job.writer.close()
         identities.append(read_root(job.path)["identity"])
     assert identities[0] == identities[1] != identities[2]

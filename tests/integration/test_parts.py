@@ -20,8 +20,9 @@ from cache_kd.cache.attempts import Attempts
 from cache_kd.cache.places import open_store
 from cache_kd.cache.removal import CacheRemoval
 from cache_kd.cache.verify import verify_cache
+from cache_kd.cache.writer import CacheWriter
 from cache_kd.errors import AlarmError, CacheKDError, DamagedCacheError, MissingFileError, SettingError, UnitsError
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.pipeline.finishing import finish
 from cache_kd.pipeline.parts import Part
@@ -145,11 +146,11 @@ def test_finish_writes_the_manifest_without_the_teacher(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(extraction.CacheWriter, "finish", die)
+        patched.setattr(CacheWriter, "finish", die)
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             run(teacher, few, path)
     assert killed and not (path / "manifest.json").exists()
-    monkeypatch.setattr(extraction, "load_teacher", die)
+    monkeypatch.setattr(preparation, "load_teacher", die)
     said: list[str] = []
     done = finish(path, say=said.append)
     assert done.manifest is not None and whole.manifest is not None

@@ -17,7 +17,7 @@ from small_inputs import build_model, save_model, small_data
 from cache_kd.cache.verify import verify_cache
 from cache_kd.engines.board import Board
 from cache_kd.errors import SettingError, UnitsError
-from cache_kd.pipeline import crew
+from cache_kd.pipeline import unit_engines
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 
 VIEWS = 6
@@ -146,7 +146,7 @@ def test_units_given_twice_are_made_once_or_alike(
     def doubled(units: Any, sizes: Any) -> Board:
         return Board([unit for unit in units for _ in range(2)], sizes)
 
-    monkeypatch.setattr(crew, "Board", doubled)
+    monkeypatch.setattr(unit_engines, "Board", doubled)
     module = poison(tmp_path, "none", "pass")
     done = run(teacher, few, tmp_path / "cache", cluster, imports=(module,))
     assert done.manifest is not None and done.manifest.digest == digest

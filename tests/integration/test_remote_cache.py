@@ -23,7 +23,7 @@ from cache_kd.cache.store import Url
 from cache_kd.cli import main
 from cache_kd.config import read_yaml
 from cache_kd.errors import CacheKDError, DamagedCacheError, MismatchError, SettingError
-from cache_kd.pipeline import extraction
+from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.structures import View
 from cache_kd.student.loader import ViewSampler
@@ -61,7 +61,7 @@ def reached(server: ObjectServer, module_patch: pytest.MonkeyPatch, tmp_path_fac
     }.items():
         module_patch.setenv(name, value)
     module_patch.setattr(layout, "MAX_SAMPLES", SHARD)
-    module_patch.setattr(extraction, "cpu_threads", lambda: 1)
+    module_patch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 @pytest.fixture(scope="module")

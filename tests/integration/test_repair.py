@@ -229,12 +229,12 @@ def test_a_machine_that_makes_other_bytes_changes_no_unit(
     damaged: Path, teacher: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One unit alone is damaged, and the machine rounds otherwise: nothing of it may be written."""
-    from cache_kd.pipeline import extraction
+    from cache_kd.pipeline import preparation
     from cache_kd.ultralytics_bridge.teacher import Teacher
 
     flip(shard(damaged, "features"))
     (damaged / "units/mixed-0001-00001.json").unlink()
-    stock, environment = Teacher.__call__, extraction.environment
+    stock, environment = Teacher.__call__, preparation.environment
 
     def off(self: Teacher, views: list[Any], *, batch: int) -> Any:
         from dataclasses import replace
@@ -243,7 +243,9 @@ def test_a_machine_that_makes_other_bytes_changes_no_unit(
         return [replace(one, features=tuple(level * 1.01 for level in one.features)) for one in said]
 
     monkeypatch.setattr(Teacher, "__call__", off)
-    monkeypatch.setattr(extraction, "environment", lambda **given: {**environment(**given), "accelerator": "elsewhere"})
+    monkeypatch.setattr(
+        preparation, "environment", lambda **given: {**environment(**given), "accelerator": "elsewhere"}
+    )
     message = (
         r"mixed-0001 shard 1: made again, .*features/c/1/0.* differ; accelerator: .* there, \"elsewhere\" wanted; "
         r"the unit is left as it was: repair it on a machine like the first, or extract another cache"

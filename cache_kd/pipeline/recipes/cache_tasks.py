@@ -13,8 +13,8 @@ from cache_kd.cache.store import Place
 from cache_kd.errors import CacheKDError
 from cache_kd.fingerprint import digest_json
 from cache_kd.pipeline.extract_settings import DEFAULT_FIDELITY, ExtractSettings
-from cache_kd.pipeline.extraction import Plan, make_plan
 from cache_kd.pipeline.locations import caches_folder
+from cache_kd.pipeline.preparation import Plan, make_plan
 from cache_kd.pipeline.recipes.forecasts import cache_costs
 from cache_kd.pipeline.recipes.identity import cache_key
 from cache_kd.pipeline.recipes.recipe import CacheEntry, Recipe

@@ -8,8 +8,9 @@ from typing import Any
 
 from cache_kd.codecs import ViewCodec
 from cache_kd.pipeline.default_losses import arrays_read
-from cache_kd.pipeline.extraction import PROBE_ITEMS, Plan
 from cache_kd.pipeline.forecast import forecast
+from cache_kd.pipeline.preparation import Plan
+from cache_kd.pipeline.probe import PROBE_ITEMS
 from cache_kd.pipeline.recipes.combinations import resolved
 from cache_kd.pipeline.recipes.recipe import Recipe
 from cache_kd.structures import KINDS, View

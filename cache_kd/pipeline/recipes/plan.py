@@ -11,7 +11,7 @@ from typing import Any
 
 from cache_kd.errors import CacheKDError
 from cache_kd.fingerprint import digest_sources, scan_sources
-from cache_kd.pipeline.extraction import Plan
+from cache_kd.pipeline.preparation import Plan
 from cache_kd.pipeline.recipes.cache_tasks import CacheTask, Extractions
 from cache_kd.pipeline.recipes.identity import run_fingerprint, split_identity, student_identity
 from cache_kd.pipeline.recipes.recipe import COTRAINED, ONLINE, ArmEntry, Recipe
