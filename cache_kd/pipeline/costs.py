@@ -70,7 +70,12 @@ def lines(found: Mapping[str, Any], images: int) -> list[str]:
         return [f"  reading   {read}, {rate}", "  took      not recorded"]
     whole = found["items"] / found["items_timed"]
     seconds = {stage: value * whole for stage, value in found["seconds"].items()}
-    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "total")
+    inside = f" with {seconds['forward']:.1f} of the forward pass" if "forward" in seconds else ""
+    stages = ", ".join(
+        f"{stage} {value:.1f}{inside if stage == 'targets' else ''}"
+        for stage, value in seconds.items()
+        if stage not in {"total", "forward"}
+    )
     told = "" if whole == 1 else f", by {found['items_timed']} of {found['items']} views"
     even = found["break_even"]
     gain = "" if even is None else f"; break-even after {even:.1f} student-epochs of {images} images"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ def test_inspect_shows_the_same_figures(found: Estimate, made: Extracted) -> Non
     assert costs["items_per_second"] == pytest.approx(3 * IMAGES / seconds["total"])
     assert costs["break_even"] == pytest.approx(3 * seconds["total"] / seconds["forward"])
     text = "\n".join(inspection.lines(facts))
+    (took,) = re.findall(r"took +(.*) s \(targets (.*) with .* of the forward pass, views (.*), write (.*)\), ", text)
+    assert float(took[0]) == pytest.approx(sum(map(float, took[1:])), abs=0.2)
     assert "kB a view for cwd, ld" in text and f"break-even after {costs['break_even']:.1f} student-epochs" in text
 
 
