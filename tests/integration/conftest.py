@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from small_inputs import TAPS, small_data
+from small_inputs import IMAGES, SHARD, TAPS, build_model, save_model, small_data
 
 from cache_kd.cache.last_use import LAST_USE
 
@@ -58,6 +58,34 @@ def exact_cache(few_images: Path, test_data: Path, tmp_path_factory: pytest.Temp
     """The same at fidelity "exact", all anchors in half precision, one mixed view and a plain one."""
     folder = tmp_path_factory.mktemp("exact_cache")
     return _extract_all(test_data, few_images, folder, fidelity="exact", views=1)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained YOLOv8n with the classes of bccd, which loads quickly; no test may change it."""
+    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
+
+
+@pytest.fixture(scope="session")
+def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data file of `IMAGES` images of bccd; no test may change it."""
+    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("ten"), train=IMAGES)
+
+
+@pytest.fixture(scope="session")
+def few(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data file of four images of bccd; no test may change it."""
+    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("four"), train=4)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SHARD` samples a shard, so several shards a view, and one thread, which on a busy machine waits for no other."""
+    from cache_kd.cache import layout
+    from cache_kd.pipeline import preparation
+
+    monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
+    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from cache_kd.pipeline.versions import cpu_threads
 
 BCCD_NAMES = ("RBC", "WBC", "Platelets")
 CORNERS = 8
+IMAGES, SHARD = 10, 4
+"""Training images of the fixture `data_file`; samples of a shard under the fixture `small_shards`."""
 TAPS = ("C3", "C4", "6", "8", "12.cv1")
 """The layers in the caches that hold some."""
 

@@ -16,35 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from kill_commands import COMMAND
-from small_inputs import build_model, save_model, small_data
+from small_inputs import IMAGES, SHARD
 
 from cache_kd.cache import layout, lock, reader
 from cache_kd.cache.reader import CacheReader
 from cache_kd.cache.verify import verify_cache
 from cache_kd.cache.writer import CacheWriter
 from cache_kd.errors import CacheKDError
-from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.structures import Column, HeadSpec, Tap, View
 
-IMAGES, SHARD, READERS = 10, 4, 8
-
-
-@pytest.fixture(scope="module")
-def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=IMAGES)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several shards a view, and one thread."""
-    monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
-    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
+READERS = 8
 
 
 def run(teacher: Path, data: Path, path: Path, mixed: int, plain: int = 0) -> Extracted:

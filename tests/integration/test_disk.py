@@ -12,28 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_inputs import build_model, save_model, small_data
+from small_inputs import IMAGES, SHARD
 from student_runs import gradients, results, resume, train_student
 
-from cache_kd.cache import files, layout
+from cache_kd.cache import files
 from cache_kd.cache.verify import verify_cache
 from cache_kd.errors import CacheKDError, DiskSpaceError
-from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
-
-IMAGES, SHARD = 10, 4
-
-
-@pytest.fixture(scope="module")
-def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=IMAGES)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
 
 
 @dataclass
@@ -89,12 +76,6 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
-    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 def run(teacher: Path, data: Path, path: Path, progress: Any = None, mixed: int = 2) -> Extracted:

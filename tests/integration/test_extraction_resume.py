@@ -12,36 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_inputs import build_model, save_model, small_data
+from small_inputs import IMAGES
 
-from cache_kd.cache import layout
 from cache_kd.cache.verify import verify_cache
 from cache_kd.errors import DamagedCacheError, MismatchError
-from cache_kd.pipeline import preparation
 from cache_kd.pipeline.extraction import Extracted, ExtractSettings, extract
 from cache_kd.pipeline.opened import Cache
 from cache_kd.structures import View
 from cache_kd.views.seeding import pixel_hash
 
-IMAGES, IMGSZ, SHARD = 10, 64, 4
+IMGSZ = 64
 UNITS = 9  # three views of three shards
-
-
-@pytest.fixture(scope="module")
-def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=IMAGES)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several shards a view, and one thread, which on a busy machine waits for no other."""
-    monkeypatch.setattr(layout, "MAX_SAMPLES", SHARD)
-    monkeypatch.setattr(preparation, "cpu_threads", lambda: 1)
 
 
 def run(teacher: Path, data: Path, path: Path, mixed: int = 2, plain: int = 1, **options: Any) -> Extracted:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from kill_commands import COMMAND, content, differing_files, finish, kill_after, popen, state, tell
-from small_inputs import build_model, save_model, small_data
+from small_inputs import IMAGES
 from student_runs import (
     FAST,
     Interrupt,
@@ -34,22 +34,11 @@ from torch import Tensor
 from cache_kd.structures import View
 from cache_kd.ultralytics_bridge.trainer import DistillTrainer
 
-IMAGES = 10
 LOSSES = ("cwd", "ld")
 RUN = Path("runs", "detect", "train")
 RESUMABLE = ("writing checkpoints", "between the tables and the checkpoint", "in an epoch")
 EPOCHS = 5
 VIEWS = [View("mixed", 0), View("mixed", 1), View("mixed", 0), View("mixed", 1), View("plain", 0)]
-
-
-@pytest.fixture(scope="module")
-def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=IMAGES)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
 
 
 # -- extract and top-up ---------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from poison import ALARM, CRASH, KILL, poison, tried
 from refusals import Refused, refused, work
-from small_inputs import build_model, save_model, small_data
 
 from cache_kd.cache import lock
 from cache_kd.cache.attempts import Attempts
@@ -32,16 +31,6 @@ from cache_kd.teacher import extract as loop
 VIEWS = 6
 __all__ = ["refused", "work"]
 COMMAND = (sys.executable, "-m", "cache_kd")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
-@pytest.fixture(scope="module")
-def few(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=4)
 
 
 @pytest.fixture(scope="module")

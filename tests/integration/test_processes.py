@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 from poison import CRASH, KILL, KILL_ONCE, WAIT, heal, healed, poison, tried
-from small_inputs import build_model, save_model, small_data
 
 from cache_kd.cache.attempts import Attempts
 from cache_kd.cache.places import open_store
@@ -25,16 +24,6 @@ from cache_kd.structures import View
 
 VIEWS = 5
 __all__ = ["healed"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
-@pytest.fixture(scope="module")
-def few(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=4)
 
 
 @pytest.fixture(scope="module")

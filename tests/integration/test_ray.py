@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 from poison import KILL, heal, healed, poison, tried
-from small_inputs import build_model, save_model, small_data
 
 from cache_kd.cache.verify import verify_cache
 from cache_kd.engines.board import Board
@@ -25,13 +24,9 @@ __all__ = ["healed"]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
-@pytest.fixture(scope="module")
-def few(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=12)
+def few(few_images: Path) -> Path:
+    """Twelve images instead of four: work enough for a cluster."""
+    return few_images
 
 
 @pytest.fixture(scope="module")

@@ -69,11 +69,6 @@ def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return small_data(test_data / "data" / "bccd", tmp_path_factory.mktemp("set"), train=IMAGES)
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
 def run(teacher: Path, data: Path, place: Path | Url) -> Extracted:
     settings: dict[str, Any] = {"imgsz": 64, "batch": 2, "device": "cpu", "workers": 0}
     return extract(ExtractSettings(teacher, data=data, cache=place, views=2, plain_views=1, **settings))

@@ -42,11 +42,6 @@ def data_file(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(build_model("yolov8n.yaml", seed=3), tmp_path_factory.mktemp("teacher") / "best.pt")
-
-
-@pytest.fixture(scope="module")
 def whole(teacher: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound cache of two mixed views, the second made with another batch size; no test may change it."""
     path = tmp_path_factory.mktemp("whole") / "cache"
