@@ -176,10 +176,14 @@ def test_an_interrupt_ends_every_process_at_once(tmp_path: Path, monkeypatch: py
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore interrupts
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt, match=r"^$"):
-        run(ProcessesEngine([Numbers(tmp_path, {}, wait=30.0)] * 2), board)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            run(ProcessesEngine([Numbers(tmp_path, {}, wait=30.0)] * 2), board)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert time.monotonic() - began < 15
     assert multiprocessing.active_children() == []
