@@ -13,7 +13,7 @@ from cache_kd.report.findings import Findings, headline
 from cache_kd.report.markdown import plain, table
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-SCORES, BUDGET, COST = "in points", "mean over seeds", "Cost"
+SCORES, PAIRS, CLASSES, BUDGET, COST = "on test, in points", "Pairs", "by class", "Validation", "Cost"
 """Words in the captions of the report's tables."""
 
 
@@ -65,10 +65,10 @@ def _origin(recipe: str, found: Findings) -> str:
 
 
 RECIPES = {
-    "loss_ablation": (SCORES,),
+    "loss_ablation": (SCORES, CLASSES),
     "views_curve": (SCORES,),
     "fidelity_ablation": (SCORES,),
-    "offline_vs_online": (SCORES, BUDGET, COST),
+    "offline_vs_online": (SCORES, PAIRS, CLASSES, BUDGET, COST),
 }
 TABLES: dict[str, Callable[[], str]] = {
     name: made
