@@ -56,7 +56,8 @@ def _origin(recipe: str, found: Findings) -> str:
     records = [run.record for run in found.runs]
     days = sorted({record.started[:10] for record in records})
     machine, versions = records[0].machine, records[0].versions
-    device = machine.gpu or f"{machine.processor}, {machine.threads} thread a run"
+    threads = " or ".join(str(count) for count in sorted({record.machine.threads for record in records}))
+    device = machine.gpu or f"{machine.processor}, {threads} thread{'' if threads == '1' else 's'} a run"
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "ultralytics", "cache-kd"))
     return (
         f"{len(records)} runs, {' to '.join(dict.fromkeys((days[0], days[-1])))}, {device}, {known}; "
