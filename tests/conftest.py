@@ -90,7 +90,7 @@ def yolo11n_coco(test_data: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def writable_bccd(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data file of a copy of BCCD where Ultralytics may write its label caches; shared by the session."""
+    """Data file of a copy of BCCD where Ultralytics may write its label caches; shared by all tests."""
     folder = tmp_path_factory.mktemp("data") / "bccd"
     for source in sorted(path for path in bccd.parent.rglob("*") if path.is_file()):
         target = folder / source.relative_to(bccd.parent)

@@ -51,9 +51,8 @@ class ObjectProcess:
                 connection.send(request)
                 status, answer = connection.recv()
                 return str(status), answer
-            except (
-                BaseException
-            ) as error:  # after an interrupt, too, the answer to this request must not be the next one's
+            # After an interrupt, too, the answer to this request must not be the next one's.
+            except BaseException as error:
                 self._drop(connection)
                 if not isinstance(error, (EOFError, OSError)):
                     raise

@@ -62,7 +62,7 @@ def run(teacher: Path, data: Path, path: Path, cluster: Any = None, **options: A
 
 
 def actors() -> list[psutil.Process]:
-    """Return the processes of this session's actors that make units."""
+    """Return the processes of the actors that make units."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
