@@ -170,3 +170,15 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path: Path, part: str, value: Any,
     file.write_bytes(seal({**open_seal(parse_json(file.read_bytes(), file)), part: value}))
     with pytest.raises(DamagedCacheError, match=rf"extraction.json cannot be read \(.*{says}.*\); the same"):
         read_plan(FolderStore(tmp_path / "cache"))
+
+
+def test_a_writer_that_gave_its_lock_back_drops_no_record_of_the_next_one(tmp_path: Path) -> None:
+    first = open_writer(tmp_path / "cache")
+    first.write_unit(MIXED, 0, unit_rows(first, MIXED), ENVIRONMENT)
+    first.close()
+    with open_writer(tmp_path / "cache"):
+        (shard,) = (tmp_path / "cache" / "views" / MIXED.name / "features" / "c" / "0").glob("**/0")
+        shard.write_bytes(b"cut")
+        with pytest.raises(CacheKDError, match=r"another extraction is writing .* has its lock"):
+            first.done(MIXED, 0)
+        assert (tmp_path / "cache" / RECORD).exists()
