@@ -24,6 +24,7 @@ from cache_kd.pipeline.recipes.cache_tasks import CacheTask
 from cache_kd.pipeline.recipes.plan import (
     CHANGED,
     DONE,
+    ELSEWHERE,
     ERROR,
     LOG,
     RESUME,
@@ -40,7 +41,7 @@ from cache_kd.report.record import FILE, RunRecord
 
 Say = Callable[[str], None]
 POLL_SECONDS = 0.2
-REPLACED = "replaced"
+REPLACED, COPYING = "replaced", ".copying"
 
 
 class Started(Protocol):
@@ -86,6 +87,7 @@ def run_plan(
         ) from None
     try:
         with lock:
+            _copy_done(plan.elsewhere)
             failed = _make_caches(plan.caches, say, progress)
             ready = [run for run in plan.left if run.cache not in failed]
             errors = {run.name: f"cache {run.cache}: {failed[run.cache]}" for run in plan.left if run.cache in failed}
@@ -151,7 +153,7 @@ def _make_caches(
 def _make_room(run: PlannedRun) -> None:
     """Move away a finished run of other settings, and the remains of an unfinished one."""
     folder = Path(run.task.folder)
-    if run.status != CHANGED:
+    if run.status not in (CHANGED, ELSEWHERE) or not folder.exists():
         return
     if not (folder / FILE).is_file():
         shutil.rmtree(folder)
@@ -162,6 +164,22 @@ def _make_room(run: PlannedRun) -> None:
         make_folder(kept)
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
+
+
+def _copy_done(runs: Sequence[PlannedRun]) -> None:
+    """Copy runs that are done in other folders; the record, which makes a run done, comes last."""
+    copies = []
+    for run in runs:  # all before room is made: two arms may have exchanged their names
+        assert run.done_in is not None
+        waiting = Path(f"{run.task.folder}{COPYING}")
+        shutil.rmtree(waiting, ignore_errors=True)
+        shutil.copytree(run.done_in, waiting, ignore=shutil.ignore_patterns(FILE))
+        copies.append((run, waiting, RunRecord.read(run.done_in / FILE)))
+    for run, waiting, record in copies:
+        _make_room(run)
+        waiting.rename(run.task.folder)
+        task = run.task
+        replace(record, recipe=task.recipe, study=task.study, arm=task.arm).write(Path(task.folder) / FILE)
 
 
 def train_all(runs: Sequence[PlannedRun], jobs: int, start: Start, say: Say) -> dict[str, str]:

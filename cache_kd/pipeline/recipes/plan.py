@@ -22,7 +22,7 @@ from cache_kd.ultralytics_bridge.settings import fixed_overrides
 RUNS = Path("runs")
 ERROR, LOG = "error.txt", "log.txt"
 """In a run's folder: why it failed; what its process said."""
-DONE, RESUME, OPEN, CHANGED = "done", "resume", "open", "changed"
+DONE, ELSEWHERE, RESUME, OPEN, CHANGED = "done", "elsewhere", "resume", "open", "changed"
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,18 @@ class RunTask:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run and how it stands: `done`, `resume`, `open`, or `changed`: another one lies in its folder.
+    """A run and how it stands: `done`, `elsewhere` (another recipe did it), `resume`, `open`, or `changed`: another
+    one lies in its folder.
 
-    `cache` is the recipe's name of the cache that it reads; `seconds` are expected, None where nothing tells.
+    `cache` is the recipe's name of the cache that it reads; `seconds` are expected, None where nothing tells; `done_in`
+    is the other recipe's folder of the run.
     """
 
     task: RunTask
     status: str
     cache: str | None
     seconds: float | None = None
+    done_in: Path | None = None
 
     @property
     def name(self) -> str:
@@ -104,7 +107,13 @@ class RecipePlan:
 
     @property
     def left(self) -> tuple[PlannedRun, ...]:
-        return tuple(run for run in self.runs if run.status != DONE)
+        """Those to train."""
+        return tuple(run for run in self.runs if run.status not in (DONE, ELSEWHERE))
+
+    @property
+    def elsewhere(self) -> tuple[PlannedRun, ...]:
+        """Those to copy."""
+        return tuple(run for run in self.runs if run.status == ELSEWHERE)
 
 
 def make_recipe_plan(recipe: Recipe, say: Callable[[str], None]) -> RecipePlan:
@@ -124,9 +133,10 @@ def make_recipe_plan(recipe: Recipe, say: Callable[[str], None]) -> RecipePlan:
         for arm in recipe.arms:
             task = _task(recipe, arm, seed, folder, extractions, judged, digest_sources(images))
             runs.append(PlannedRun(task, run_status(task), arm.cache))
-    runs = expected(runs, folder)
-    needed = {run.cache for run in runs if run.status != DONE and run.cache is not None}
-    return RecipePlan(recipe, extractions.forecasts(extractions.tasks(needed)), tuple(runs), folder)
+    runs = expected(found_elsewhere(runs, folder), folder)
+    plan = RecipePlan(recipe, (), tuple(runs), folder)
+    needed = {run.cache for run in plan.left if run.cache is not None}
+    return replace(plan, caches=extractions.forecasts(extractions.tasks(needed)))
 
 
 def _task(
@@ -222,13 +232,25 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def found_elsewhere(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
+    """Return the runs; those that a recipe whose folder lies beside `folder` has done, by their fingerprint, say so."""
+    done = {record.fingerprint: path for path, record in _records(folder.parent)}
+
+    def look(run: PlannedRun) -> PlannedRun:
+        if run.status == DONE or run.task.fingerprint not in done:
+            return run
+        return replace(run, status=ELSEWHERE, done_in=done[run.task.fingerprint])
+
+    return [look(run) for run in runs]
+
+
 def expected(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
     """Return the open runs with the seconds that those of their arm took.
 
     Where none is finished: by the seconds an epoch of finished runs, of any recipe whose folder lies beside `folder`,
     that have mode, student, data and image size in common.
     """
-    records = list(_records(folder.parent))
+    records = [record for _, record in _records(folder.parent)]
 
     def guess(task: RunTask) -> float | None:
         epochs = int(task.settings["epochs"])
@@ -238,10 +260,11 @@ def expected(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
         rates = [(r.cost.seconds or 0.0) / len(r.epochs) for r in own or alike if r.epochs]
         return sum(rates) / len(rates) * epochs if rates else None
 
-    return [replace(run, seconds=guess(run.task)) if run.status != DONE else run for run in runs]
+    return [run if run.status in (DONE, ELSEWHERE) else replace(run, seconds=guess(run.task)) for run in runs]
 
 
-def _records(runs: Path) -> Iterator[RunRecord]:
+def _records(runs: Path) -> Iterator[tuple[Path, RunRecord]]:
+    """Yield the folder and the record of every finished run."""
     for path in sorted(runs.glob(f"*/*/{FILE}")):
         with suppress(CacheKDError):
-            yield RunRecord.read(path)
+            yield path.parent, RunRecord.read(path)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_kd.pipeline.recipes.cache_tasks import CacheTask
-from cache_kd.pipeline.recipes.plan import CHANGED, DONE, OPEN, RESUME, PlannedRun, RecipePlan
+from cache_kd.pipeline.recipes.plan import CHANGED, DONE, ELSEWHERE, OPEN, RESUME, PlannedRun, RecipePlan
 from cache_kd.pipeline.sizes import duration, megabytes
 from cache_kd.report.record import RunRecord
 
 WORDS = {
     DONE: "done",
+    ELSEWHERE: "done in {}, is copied",
     RESUME: "begun, goes on",
     OPEN: "to do",
     CHANGED: "to do again: its folder holds a run of other settings",
@@ -88,8 +89,12 @@ def plan_lines(plan: RecipePlan, jobs: int) -> list[str]:
     width = max(len(run.name) for run in plan.runs)
     for run in plan.runs:
         time = f", about {duration(run.seconds)}" if run.seconds is not None else ""
-        lines.append(f"  run   {run.name:{width}}  {WORDS[run.status]}{time}")
+        lines.append(f"  run   {run.name:{width}}  {_run_words(run)}{time}")
     return [*lines, left_line(plan, jobs)]
+
+
+def _run_words(run: PlannedRun) -> str:
+    return WORDS[run.status].format("/".join(run.done_in.parts[-2:]) if run.done_in else "")
 
 
 def _cache_words(cache: CacheTask) -> str:

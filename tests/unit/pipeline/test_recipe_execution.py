@@ -13,7 +13,17 @@ from recipe_runs import Quick, plan, planned, task, write_record
 from cache_kd.errors import CacheKDError
 from cache_kd.pipeline.recipes import execution
 from cache_kd.pipeline.recipes.execution import run_plan
-from cache_kd.pipeline.recipes.plan import CHANGED, DONE, OPEN, RESUME, RunTask, expected, run_status
+from cache_kd.pipeline.recipes.plan import (
+    CHANGED,
+    DONE,
+    ELSEWHERE,
+    OPEN,
+    RESUME,
+    RunTask,
+    expected,
+    found_elsewhere,
+    run_status,
+)
 from cache_kd.pipeline.recipes.results import plan_lines
 from cache_kd.report.record import FILE, STATE, RunRecord
 
@@ -126,6 +136,48 @@ def test_a_finished_run_of_other_settings_is_kept_aside(folder: Path) -> None:
     (kept,) = (folder.parents[0] / "replaced").rglob(FILE)
     assert RunRecord.read(kept).fingerprint == "0123456789"
     assert kept.parent.name == "plain-s0-01234567"
+
+
+@pytest.mark.parametrize("held", [OPEN, RESUME, CHANGED])
+def test_a_run_that_another_recipe_did_is_copied_and_not_trained(folder: Path, held: str) -> None:
+    other = task(folder.parent / "other", "theirs", fingerprint="same")
+    write_record(other, points=0.75)
+    Path(other.folder, "weights").mkdir()
+    Path(other.folder, "weights", "last.pt").write_text("weights")
+    mine = planned(folder, "mine", fingerprint="same", status=held)
+    if held == RESUME:
+        Path(mine.task.folder, "weights").mkdir(parents=True)
+        Path(mine.task.folder, STATE).write_text("{}")
+    elif held == CHANGED:
+        write_record(task(folder, "mine", fingerprint="0123456789"))
+    runs = found_elsewhere([mine, planned(folder, "new", fingerprint="new")], folder)
+    assert [run.status for run in runs] == [ELSEWHERE, OPEN]
+    assert plan_lines(plan(folder, *runs), 1)[1:] == [
+        "  run   mine-s0  done in other/theirs-s0, is copied",
+        "  run   new-s0   to do",
+        "1 of 2 runs left, 1 at once, time unknown until the first run is done",
+    ]
+    start = Quick()
+    result = run_plan(plan(folder, *runs), say=quiet, start=start)
+    assert start.names == ["new-s0"]
+    copied = result.records[0]
+    assert (copied.recipe, copied.arm, copied.judged and copied.judged.map50_95) == (folder.name, "mine", 0.75)
+    assert sorted(path.name for path in Path(mine.task.folder).iterdir()) == [FILE, "weights"]
+    assert Path(mine.task.folder, "weights", "last.pt").read_text() == "weights"
+    assert run_status(mine.task) == DONE
+    assert RunRecord.read(Path(other.folder) / FILE).recipe == "other"
+    assert len(list((folder.parent / "replaced").rglob(FILE))) == (held == CHANGED)
+
+
+def test_arms_that_exchanged_their_names_exchange_their_runs(folder: Path) -> None:
+    for arm, points in (("a", 0.25), ("b", 0.75)):
+        write_record(task(folder, arm, fingerprint=f"was {arm}"), points=points)
+        Path(folder, f"{arm}-s0", "log.txt").write_text(arm)
+    turned = [planned(folder, "b", fingerprint="was a"), planned(folder, "a", fingerprint="was b")]
+    result = run_plan(plan(folder, *found_elsewhere(turned, folder)), say=quiet, start=Quick())
+    assert [record.judged and record.judged.map50_95 for record in result.records] == [0.25, 0.75]
+    assert Path(folder, "b-s0", "log.txt").read_text() == "a"
+    assert Path(folder, "a-s0", "log.txt").read_text() == "b"
 
 
 def test_the_remains_of_an_unfinished_run_of_other_settings_go(folder: Path) -> None:
