@@ -180,7 +180,7 @@ def objects_table() -> str:
             size = found[imgsz][name] * shard_samples(imgsz, "default", 80)
             cells += [megabytes(size), f"{100 * LATENCY / (LATENCY + size / RATE):.0f} %"]
         body.append([f"`{name}`", *cells, "yes" if name in read[640] else ""])
-    head = ["array", *(text for imgsz in SIDES for text in (f"{imgsz} px", "waiting")), "read by `cwd` and `ld`"]
+    head = ["array", *(text for imgsz in SIDES for text in (f"{imgsz} px", "waiting")), "read by `cwd`"]
     return rows(head, body)
 
 

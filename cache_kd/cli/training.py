@@ -21,7 +21,7 @@ from cache_kd.cli.output import CACHE, PATH, quiet
     "losses",
     multiple=True,
     metavar="SPEC",
-    help="NAME[:key=value,…], repeatable, or none; default: cwd and ld, or those of them that fit.",
+    help="NAME[:key=value,…], repeatable, or none; default: cwd, or ld where the cache holds logits alone.",
 )
 @click.option("--balance", type=float, metavar="SHARE", help="Hold each term at this share of the neck's gradient.")
 @click.option("--name", help="Name of the run's folder under runs/detect; default: train.")

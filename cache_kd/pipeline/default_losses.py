@@ -12,13 +12,12 @@ from cache_kd.views.packing import PixelCodec
 
 
 def default_losses(stored: Collection[str], head: HeadSpec) -> tuple[str, ...]:
-    """Return the losses of a run that names none: cwd and ld; without features ld; without distributions sl2."""
-    distributions = head.reg_max > 1
-    if "features" not in stored:
-        return ("ld",) if distributions else ("bckd",)
-    if not distributions:
-        return ("sl2",)
-    return ("cwd", "ld") if "logits" in stored else ("cwd",)
+    """Return the losses of a run that names none: cwd, by docs/results.md the best there is; without features ld, or
+    bckd where the head has no distributions of box sides.
+    """
+    if "features" in stored:
+        return ("cwd",)
+    return ("ld",) if head.reg_max > 1 else ("bckd",)
 
 
 def arrays_read(codec: ViewCodec, packing: PixelCodec | None) -> tuple[str, ...]:

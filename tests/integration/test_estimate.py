@@ -107,7 +107,7 @@ def test_inspect_shows_the_same_figures(found: Estimate, made: Extracted) -> Non
     text = "\n".join(inspection.lines(facts))
     (took,) = re.findall(r"took +(.*) s \(targets (.*) with .* of the forward pass, views (.*), write (.*)\), ", text)
     assert float(took[0]) == pytest.approx(sum(map(float, took[1:])), abs=0.2)
-    assert "kB a view for cwd, ld" in text and f"break-even after {costs['break_even']:.1f} student-epochs" in text
+    assert "kB a view for cwd" in text and f"break-even after {costs['break_even']:.1f} student-epochs" in text
 
 
 def test_the_break_even_is_that_of_the_seconds(found: Estimate) -> None:
