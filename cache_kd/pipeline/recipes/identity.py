@@ -21,6 +21,8 @@ NEUTRAL = frozenset({"device", "plots", "verbose", "save_period", "show", "cache
 LOADER = frozenset({"workers"})
 """Settings that change which random views the stock loader makes; views of a cache do not depend on them."""
 PACKAGES = ("ultralytics",)
+TOLD = frozenset({"title", "paper", "cost", "default_weight"})
+"""What a loss's class says of itself; a run's specs hold the weight that it trained with."""
 
 
 def run_fingerprint(
@@ -80,9 +82,10 @@ def split_identity(data_file: Path, split: str) -> dict[str, Any]:
 
 
 def method_code(name: str) -> str:
-    """Return the digest of a loss's module and of those beside it that it is made of, without comments and docstrings.
+    """Return the digest of a loss's module and of those beside it that it is made of.
 
-    What is imported from elsewhere in the package counts by the package's version.
+    Comments, docstrings and what its class says of itself do not count. What is imported from elsewhere in the package
+    counts by the package's version.
     """
     file = Path(inspect.getfile(LOSSES[name]))
     return digest_json({path.name: _code(path) for path in sorted(_made_of(file))})
@@ -110,12 +113,17 @@ def _code(path: Path) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [item for item in body if not _is_text(item)]  # type: ignore[attr-defined]  # nodes with a body
+            inside = isinstance(node, ast.ClassDef)
+            body[:] = [item for item in body if not (_is_text(item) or (inside and _is_told(item)))]
     return digest_json(ast.dump(tree))
 
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _is_told(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and all(isinstance(name, ast.Name) and name.id in TOLD for name in node.targets)
 
 
 def cache_key(cache: str, roots: Mapping[str, str], entries: Mapping[str, Any]) -> dict[str, Any]:

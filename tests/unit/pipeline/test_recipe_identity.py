@@ -85,6 +85,22 @@ def test_code_counts_and_comments_do_not(tmp_path: Path, monkeypatch: pytest.Mon
     assert written("3", "def g():\n    return 2\n") == written("4", "def g():\n    '''Say.'''\n    return 2\n")
 
 
+def test_what_a_loss_says_of_itself_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(name: str, text: str) -> str:
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        monkeypatch.setitem(LOSSES, "mine", type("Mine", (), {}))
+        monkeypatch.setattr(identity.inspect, "getfile", lambda _: str(file))
+        monkeypatch.setattr(identity, "_made_of", lambda _: {file.rename(tmp_path / "mine.py")})
+        identity._code.cache_clear()
+        return method_code("mine")
+
+    before = written("0", "class Mine:\n    default_weight = 2.7\n    cost = 'little'\n    needs = 'a'\n")
+    assert written("1", "class Mine:\n    default_weight = 5.4\n    cost = 'much'\n    needs = 'a'\n") == before
+    assert written("2", "class Mine:\n    default_weight = 2.7\n    cost = 'little'\n    needs = 'b'\n") != before
+    assert written("3", "cost = 1\nclass Mine:\n    needs = 'a'\n") != written("4", "class Mine:\n    needs = 'a'\n")
+
+
 def test_every_loss_has_code_of_its_own() -> None:
     assert len({method_code(name) for name in LOSSES}) == len(LOSSES)
 
