@@ -43,7 +43,7 @@ class CWD(MapLoss):
     name = "cwd"
     title = "where each channel of the neck is active, as a distribution over positions"
     paper = "Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
-    default_weight = 2.7
+    default_weight = 5.4
     cost = "two softmaxes over every map; 1x1 convolution where channels differ"
     allowed: ClassVar[Mapping[str, Allowed]] = {**MapLoss.allowed, "temperature": above(0)}
 

@@ -64,7 +64,7 @@ def one_run(task: tuple[str, int, Path, Path, Path, tuple[str, ...], dict[str, A
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Caches, runs and results stay here.")
 @click.option("--student", default="yolov8n.yaml")
 @click.option("--arm", "arms", multiple=True, default=ARMS, help="plain, packed or a fidelity.")
-@click.option("--loss", "losses", multiple=True, default=("cwd", "ld"))
+@click.option("--loss", "losses", multiple=True, default=("cwd:weight=2.7", "ld"))
 @click.option("--imgsz", default=160)
 @click.option("--epochs", default=60)
 @click.option("--batch", default=16)
