@@ -59,14 +59,23 @@ def _origin(recipe: str, found: Findings) -> str:
     threads = " or ".join(str(count) for count in sorted({record.machine.threads for record in records}))
     device = machine.gpu or f"{machine.processor}, {threads} thread{'' if threads == '1' else 's'} a run"
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "ultralytics", "cache-kd"))
+    run = COMMANDS.get(recipe, f"pipelines/{recipe}.yaml")
     return (
         f"{len(records)} runs, {' to '.join(dict.fromkeys((days[0], days[-1])))}, {device}, {known}; "
-        f"`cache-kd run pipelines/{recipe}.yaml`, `cache-kd report docs/results/{recipe}`."
+        f"`cache-kd run {run}`, `cache-kd report docs/results/{recipe}`."
     )
 
 
+COMMANDS = {
+    "twice_as_long": "pipelines/default_losses.yaml --set name=twice_as_long --set epochs=120 --set seeds=[0] "
+    "--arm plain --arm cwd",
+}
+"""What was run where no file has the name of the results."""
 RECIPES = {
     "loss_ablation": (SCORES, CLASSES),
+    "default_losses": (SCORES, CLASSES),
+    "twice_as_long": (SCORES,),
+    "other_views": (SCORES, PAIRS),
     "views_curve": (SCORES,),
     "fidelity_ablation": (SCORES,),
     "offline_vs_online": (SCORES, PAIRS, CLASSES, BUDGET, COST),

@@ -249,7 +249,7 @@ def test_recipes_of_the_project_have_no_fault(file: Path, work: Path) -> None:
     head = file.read_text().split("\n\n")[0]
     assert all(f"# {word}" in head for word in ("Command  cache-kd run pipelines/", "Disk", "Time", "Result"))
     if file.stem == "loss_ablation":
-        assert {arm.name for arm in recipe.arms} == {"plain", "cwd other views", *LOSSES}
+        assert {arm.name for arm in recipe.arms} == {"plain", *LOSSES}
 
 
 def test_the_document_names_every_key_and_its_code_is_python() -> None:
