@@ -15,7 +15,7 @@ from refusals import run
 work = refusals.work
 ROOT = Path(__file__).resolve().parents[2]
 START, LOOKING = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("quick-start.md", "looking.md"))
-SHORT = {"epochs=30": "epochs=2", "128": "64"}
+SHORT = {"epochs=60": "epochs=2", "160": "64"}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -40,8 +40,8 @@ def test_the_pages_work_in_their_order(few_images: Path, bccd_teacher: Path, wor
         assert done.exit_code == 0, (words, done.stderr)
     (cache,) = (work / "kd_cache").iterdir()
     assert all((work / "runs" / "report" / f"report.{kind}").is_file() for kind in ("html", "md", "csv", "json"))
-    assert (work / "runs" / "detect" / "cwd-ld" / "train_batch0_teacher.jpg").is_file()
-    shutil.copytree(work / "runs" / "detect" / "cwd-ld", work / "runs" / "detect" / "train")
+    assert (work / "runs" / "detect" / "cwd" / "train_batch0_teacher.jpg").is_file()
+    shutil.copytree(work / "runs" / "detect" / "cwd", work / "runs" / "detect" / "train")
     for words in commands(LOOKING):
         if words[0] == "inspect":
             done = run(*[str(cache) if word.startswith("kd_cache/") else word for word in words])
