@@ -69,14 +69,17 @@ def _origin(recipe: str, found: Findings) -> str:
 COMMANDS = {
     "twice_as_long": "pipelines/default_losses.yaml --set name=twice_as_long --set epochs=120 --set seeds=[0] "
     "--arm plain --arm cwd",
-    "half_as_long": "pipelines/default_losses.yaml --set name=half_as_long --set epochs=30 --set imgsz=128 "
-    "--set caches.views20.views=4 --set seeds=[0,1] --arm plain --arm cwd --arm 'cwd half'",
+    "half_as_long": "pipelines/default_losses.yaml --set name=half_as_long --set epochs=30 --set seeds=[0,1] "
+    "--arm plain --arm cwd",
+    "small_and_short": "pipelines/default_losses.yaml --set name=small_and_short --set epochs=30 --set imgsz=128 "
+    "--set caches.views20.views=4 --set seeds=[0,1] --arm plain --arm cwd --arm 'cwd half' --arm ld+bckd",
 }
 """What was run where no file has the name of the results."""
 RECIPES = {
     "loss_ablation": (SCORES, CLASSES),
     "default_losses": (SCORES, CLASSES),
     "half_as_long": (SCORES,),
+    "small_and_short": (SCORES,),
     "twice_as_long": (SCORES,),
     "other_views": (SCORES, PAIRS),
     "views_curve": (SCORES,),
