@@ -12,7 +12,7 @@ from cache_kd.views.packing import PixelCodec
 
 
 def default_losses(stored: Collection[str], head: HeadSpec) -> tuple[str, ...]:
-    """Return the losses of a run that names none: cwd, by docs/results.md the best there is; without features ld, or
+    """Return the losses of a run that names none: cwd, which gained most in docs/results.md; without features ld, or
     bckd where the head has no distributions of box sides.
     """
     if "features" in stored:
