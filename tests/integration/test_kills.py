@@ -235,6 +235,7 @@ def test_a_stopped_extraction_says_one_line_and_is_gone_on_with(
     process = subprocess.Popen(
         [*COMMAND, *fixed, "--views=300", f"--workers={workers}", "--cache", str(path)],
         stdout=subprocess.DEVNULL, stderr=log.open("wb"), start_new_session=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore:This DataLoader will create"},  # torch's, where there is one core
     )  # fmt: skip
     found = stop_when(lambda: len(list(path.glob("units/*.json"))) >= 2, process, number, group=group)
     assert log.read_text().splitlines() == [
