@@ -32,10 +32,17 @@ def _tables(blocks: tuple[Block, ...]) -> Iterator[Table]:
 
 
 def report_table(recipe: str, *captions: str) -> str:
-    """Return the report's first table for each caption that holds the words given, and where it comes from."""
+    """Return the report's tables whose captions hold the words given, and where they come from.
+
+    Students of two kinds have a table each, under its caption.
+    """
     found = findings(recipe)
     every = [one for section in contents(found) for one in _tables(section.blocks)]
-    parts = [table(_said(next(one for one in every if words in one.caption))) for words in captions]
+    parts = []
+    for words in captions:
+        fitting = [one for one in every if words in one.caption]
+        heads = [f"{one.caption}:\n\n" if len(fitting) > 1 else "" for one in fitting]
+        parts += [head + table(_said(one)) for head, one in zip(heads, fitting, strict=True)]
     return "\n\n".join([*parts, _origin(recipe, found)]) + "\n"
 
 
@@ -69,6 +76,11 @@ def _origin(recipe: str, found: Findings) -> str:
 COMMANDS = {
     "twice_as_long": "pipelines/default_losses.yaml --set name=twice_as_long --set epochs=120 --set seeds=[0] "
     "--arm plain --arm cwd",
+    "to_the_plateau": "pipelines/default_losses.yaml --set name=to_the_plateau --set epochs=240 "
+    "--set settings.val=true --set caches.views20.views=60 --set seeds=[0] --arm plain --arm cwd",
+    "trained_student": "pipelines/coco128_mgd.yaml --set name=trained_student --set teacher=best.pt "
+    "--set data=bccd.yaml --set student=plain.pt --set imgsz=160 --set split=test "
+    "--set caches.views10.views=20 --set settings.val=false --set seeds=[0,1]",
     "half_as_long": "pipelines/default_losses.yaml --set name=half_as_long --set epochs=30 --set seeds=[0,1] "
     "--arm plain --arm cwd",
     "small_and_short": "pipelines/default_losses.yaml --set name=small_and_short --set epochs=30 --set imgsz=128 "
@@ -81,9 +93,12 @@ RECIPES = {
     "half_as_long": (SCORES,),
     "small_and_short": (SCORES,),
     "twice_as_long": (SCORES,),
+    "to_the_plateau": (SCORES, CLASSES, BUDGET),
     "other_views": (SCORES, PAIRS),
     "views_curve": (SCORES,),
-    "fidelity_ablation": (SCORES,),
+    "fidelity_ablation": (SCORES, PAIRS),
+    "one_cache_many_students": (SCORES,),
+    "trained_student": (SCORES,),
     "offline_vs_online": (SCORES, PAIRS, CLASSES, BUDGET, COST),
 }
 TABLES: dict[str, Callable[[], str]] = {
