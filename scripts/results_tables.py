@@ -80,7 +80,7 @@ COMMANDS = {
     "--set settings.val=true --set caches.views20.views=60 --set seeds=[0] --arm plain --arm cwd",
     "trained_student": "pipelines/coco128_mgd.yaml --set name=trained_student --set teacher=best.pt "
     "--set data=bccd.yaml --set student=plain.pt --set imgsz=160 --set split=test "
-    "--set caches.views10.views=20 --set settings.val=false --set seeds=[0,1]",
+    "--set caches.views10.views=20 --set settings.val=false --set seeds=[0]",
     "half_as_long": "pipelines/default_losses.yaml --set name=half_as_long --set epochs=30 --set seeds=[0,1] "
     "--arm plain --arm cwd",
     "small_and_short": "pipelines/default_losses.yaml --set name=small_and_short --set epochs=30 --set imgsz=128 "
