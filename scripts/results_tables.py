@@ -77,7 +77,7 @@ COMMANDS = {
     "twice_as_long": "pipelines/default_losses.yaml --set name=twice_as_long --set epochs=120 --set seeds=[0] "
     "--arm plain --arm cwd",
     "to_the_plateau": "pipelines/default_losses.yaml --set name=to_the_plateau --set epochs=240 "
-    "--set settings.val=true --set caches.views20.views=60 --set seeds=[0] --arm plain --arm cwd",
+    "--set settings.val=true --set caches.views20.views=60 --set seeds=[0,1] --arm plain --arm cwd",
     "trained_student": "pipelines/coco128_mgd.yaml --set name=trained_student --set teacher=best.pt "
     "--set data=bccd.yaml --set student=plain.pt --set imgsz=160 --set split=test "
     "--set caches.views10.views=20 --set settings.val=false --set seeds=[0]",
@@ -93,7 +93,7 @@ RECIPES = {
     "half_as_long": (SCORES,),
     "small_and_short": (SCORES,),
     "twice_as_long": (SCORES,),
-    "to_the_plateau": (SCORES, CLASSES, BUDGET),
+    "to_the_plateau": (SCORES, CLASSES),
     "other_views": (SCORES, PAIRS),
     "views_curve": (SCORES,),
     "fidelity_ablation": (SCORES, PAIRS),
