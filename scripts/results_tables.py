@@ -34,13 +34,15 @@ def _tables(blocks: tuple[Block, ...]) -> Iterator[Table]:
 def report_table(recipe: str, *captions: str) -> str:
     """Return the report's tables whose captions hold the words given, and where they come from.
 
-    Students of two kinds have a table each, under its caption.
+    Students of two kinds have a table each, under its caption. Raises ValueError where the report has no such table.
     """
     found = findings(recipe)
     every = [one for section in contents(found) for one in _tables(section.blocks)]
     parts = []
     for words in captions:
         fitting = [one for one in every if words in one.caption]
+        if not fitting:
+            raise ValueError(f"{recipe}: the report has no table whose caption holds {words!r}")
         heads = [f"{one.caption}:\n\n" if len(fitting) > 1 else "" for one in fitting]
         parts += [head + table(_said(one)) for head, one in zip(heads, fitting, strict=True)]
     return "\n\n".join([*parts, _origin(recipe, found)]) + "\n"
